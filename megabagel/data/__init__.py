@@ -1,0 +1,1 @@
+"""From files to samples: sources, the sample schema, order, mixture and the reader."""

@@ -1,0 +1,61 @@
+"""How pictures become grids of tokens: strides, sides of the position tables and the ids of the special tokens.
+
+Numbers and the one position rule of BAGEL; it knows nothing of samples, packs or models.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids that frame texts and images."""
+
+    bos: int  # <|im_start|>
+    eos: int  # <|im_end|>
+    start_of_image: int  # <|vision_start|>
+    end_of_image: int  # <|vision_end|>
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the packer must know of the model."""
+
+    latent_stride: int  # pixels per side of one VAE token: autoencoder downsample * latent patch
+    max_latent_size: int  # side of the latent position table
+    vit_patch_size: int  # pixels per side of one ViT token
+    vit_max_num_patch_per_side: int  # side of the ViT position tables
+    special_tokens: SpecialTokens
+    interpolate_pos: bool = False  # squeeze any grid into the whole table instead of using its upper left corner
+
+    def stride(self, kind: str) -> int:
+        """Pixels per token side for `vit_image` or `vae_image`."""
+        return self.vit_patch_size if kind == "vit_image" else self.latent_stride
+
+    def table_side(self, kind: str) -> int:
+        """Side of the position table for `vit_image` or `vae_image`."""
+        return self.vit_max_num_patch_per_side if kind == "vit_image" else self.max_latent_size
+
+
+@lru_cache(maxsize=4096)
+def _fractional_buckets(length: int, table_side: int) -> np.ndarray:
+    """Bucket of each of `length` patches in a table side, int64 [length]. float32 as in the reference: which bucket a
+    coordinate on a boundary falls into depends on the rounding."""
+    coordinates = torch.arange(0, 1 - 1e-6, 1 / length)
+    boundaries = torch.arange(1 / table_side, 1.0, 1 / table_side)
+    return torch.bucketize(coordinates, boundaries, right=True).numpy()
+
+
+@lru_cache(maxsize=1024)
+def grid_position_ids(rows: int, columns: int, table_side: int, interpolate: bool) -> np.ndarray:
+    """Position-table indices of a rows x columns grid in reading order, int64 [rows * columns] (shared: do not write)."""
+    if interpolate:
+        row_ids, column_ids = _fractional_buckets(rows, table_side), _fractional_buckets(columns, table_side)
+    else:
+        row_ids, column_ids = np.arange(rows), np.arange(columns)
+    ids = (row_ids[:, None] * table_side + column_ids[None, :]).reshape(-1)
+    ids.setflags(write=False)
+    return ids
