@@ -1,1 +1,8 @@
-"""Process groups, devices, random numbers and failure: what every process needs before any model or data."""
+"""Process groups, devices, random numbers and failure: what every process needs before any model or data.
+
+Importing this package adapts megatron-core to the CPU where there is no CUDA device, before anything imports it.
+"""
+
+from megabagel.runtime import cpu_megatron
+
+cpu_megatron.install()

@@ -1,7 +1,7 @@
 """Counter-based random draws: a value depends on (seed, purpose, key) and on nothing else.
 
-So a draw about a sample is the same in any worker, on any rank, in any parallel layout and after any resume. This is not
-for weight initialisation or dropout inside the model, which follow megatron-core's own generator states.
+So a draw about a sample is the same in any worker, on any rank, in any parallel layout and after any resume. This is
+not for weight initialisation or dropout inside the model, which follow megatron-core's own generator states.
 """
 
 import hashlib

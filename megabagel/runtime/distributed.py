@@ -1,0 +1,160 @@
+"""Starts the process group and megatron-core's parallel state, and says where this rank sits: a `Layout`.
+
+The layout is returned and passed on; megatron-core's own parallel_state is the only global state. No model, no data.
+"""
+
+import dataclasses
+import inspect
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megabagel.config.schema import ParallelConfig
+from megabagel.runtime import cpu_megatron
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank sits. A model replica is all ranks of one data-parallel index (tensor x context x pipeline)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    replica_ranks: tuple[int, ...]  # global ranks of this rank's replica
+    replica_group: dist.ProcessGroup  # gloo, for plans: Python objects and CPU tensors
+
+    @property
+    def source_rank(self) -> int:
+        """Global rank that reads data for this replica: its tensor-parallel rank 0 of the first stage."""
+        return self.replica_ranks[0]
+
+    @property
+    def is_source(self) -> bool:
+        return self.rank == self.source_rank
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_last_stage_writer(self) -> bool:
+        """True on the one rank that writes logs: it holds the losses (first of the last stage of replica 0)."""
+        return self.is_last_stage and self.dp_rank == 0 and self.rank == self.last_stage_ranks[0]
+
+    @property
+    def last_stage_ranks(self) -> tuple[int, ...]:
+        """Global ranks of this replica that hold the last pipeline stage."""
+        return self.replica_ranks[-(len(self.replica_ranks) // self.pp_size) :]
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Layout:
+    """Join the process group of torchrun's environment (or start one of a single process) and lay the model out.
+
+    Fields of `parallel` that megatron-core's `initialize_model_parallel` knows by the same name are passed to it. All
+    generators start from `seed`: torch, NumPy and Python alike on every rank, megatron-core's per tensor-parallel rank.
+    Raises ValueError when the ranks are not a multiple of what one model replica needs.
+    """
+    cpu_megatron.install()
+    device = _device()
+    _start_process_group(device)
+    world_size = dist.get_world_size()
+    sizes = _megatron_arguments(parallel)
+    replica = (
+        sizes["tensor_model_parallel_size"]
+        * sizes["pipeline_model_parallel_size"]
+        * sizes.get("context_parallel_size", 1)
+    )
+    if world_size % replica:
+        dist.destroy_process_group()
+        raise ValueError(
+            f"{world_size} processes cannot hold model replicas of {replica} ranks "
+            f"(the product of the model-parallel sizes in `parallel`); start a multiple of {replica} processes"
+        )
+    parallel_state.initialize_model_parallel(**sizes)
+    _seed(seed)
+    ranks, group = _replica(sizes.get("context_parallel_size", 1))
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        replica_ranks=ranks,
+        replica_group=group,
+    )
+
+
+def destroy() -> None:
+    """Leave all process groups; safe when none were started."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_process_group(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def _megatron_arguments(parallel: ParallelConfig) -> dict:
+    known = inspect.signature(parallel_state.initialize_model_parallel).parameters
+    fields = dataclasses.asdict(parallel)
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessGroup]:
+    """Ranks of this rank's replica and a gloo group of them. Every rank creates the groups of all replicas, in order."""
+    generator = parallel_state.RankGenerator(
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        ep=1,
+        dp=parallel_state.get_data_parallel_world_size(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp=context_parallel_size,
+        order="tp-cp-ep-dp-pp",
+    )
+    mine = None
+    for ranks in generator.get_ranks("tp-cp-pp"):
+        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
+        if dist.get_rank() in ranks:
+            mine = tuple(ranks), group
+    return mine
