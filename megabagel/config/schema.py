@@ -1,0 +1,151 @@
+"""Every setting of a run, as typed dataclasses grouped by what they describe.
+
+Defaults are those of fine-tuning BAGEL. Which combinations are legal is decided in `checks.py`, never here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megabagel.config.autoencoder import AutoencoderConfig
+
+
+@dataclass
+class VisionConfig:
+    """SigLIP NaViT tower (und images in). `num_layers` counts the layers that are used (26 of SigLIP so400m's 27)."""
+
+    hidden_size: int = 1152
+    num_layers: int = 26
+    num_attention_heads: int = 16
+    ffn_hidden_size: int = 4304
+    patch_size: int = 14
+    max_num_patch_per_side: int = 70  # side of the learned table and of the sine-cosine table
+    layernorm_epsilon: float = 1e-6
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the model, what it can see and make, and which parts stay frozen."""
+
+    folder: str | None = None  # read the shape from this BAGEL folder's JSON files instead of from the fields below
+    layer_variant: Literal["mot", "moe", "dense"] = "mot"
+    hidden_size: int = 3584
+    num_layers: int = 28
+    num_attention_heads: int = 28
+    num_query_groups: int = 4
+    ffn_hidden_size: int = 18944
+    vocab_size: int = 152064
+    rotary_base: float = 1e6
+    layernorm_epsilon: float = 1e-6
+    qk_layernorm: bool = True
+    tie_word_embeddings: bool = False
+    vit: VisionConfig = field(default_factory=VisionConfig)
+    vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    connector_act: str = "gelu_pytorch_tanh"
+    interpolate_pos: bool = False
+    latent_patch_size: int = 2
+    max_latent_size: int = 64  # side of the latent position table, in latent patches
+    timestep_shift: float = 1.0
+    visual_und: bool = True
+    visual_gen: bool = True
+    freeze_llm: bool = False
+    freeze_vit: bool = False
+    freeze_vae: Literal[True] = True  # the autoencoder is never trained here
+    freeze_und: bool = False
+    init_std: float = 0.02
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over ranks; what is left of the world size is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it is packed. `dataset_config_file` holds the groups (official BAGEL YAML, paths inside)."""
+
+    dataset_config_file: str | None = None
+    tokenizer: str | None = None  # folder with tokenizer.json; null: the BAGEL folder given in checkpoint.init_from
+    expected_num_tokens: int = 32768  # a pack is closed once it holds this many tokens
+    max_num_tokens: int = 36864  # and never holds more than this many
+    max_num_tokens_per_sample: int = 16384
+    prefer_buffer_before: int = 16384  # below this fill, waiting over-long samples are tried first
+    max_buffer_size: int = 50
+    text_cond_dropout_prob: float = 0.1
+    vit_cond_dropout_prob: float = 0.3
+    vae_cond_dropout_prob: float = 0.3
+    num_workers: int = 1  # decoding processes per reader; 0 decodes in the training process
+    prefetch_factor: int = 2  # packs waiting per worker
+    seed: int = 42
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, its schedule (in steps), clipping and the exponential moving average of the weights."""
+
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    lr_decay_style: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = 2000
+    lr_decay_steps: int | None = None  # null: training.train_steps
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    ema_decay: float | None = 0.9999  # null: no moving average
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch, precision and losses."""
+
+    train_steps: int = 500_000
+    global_batch_size: int = 1  # packs per step over all data-parallel ranks
+    params_dtype: Literal["bf16", "fp32"] = "bf16"  # bf16 keeps fp32 main parameters in the optimizer
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    ce_loss_reweighting: bool = False  # weigh each text by 1/sqrt(length + 1)
+    seed: int = 4396
+
+
+@dataclass
+class CheckpointConfig:
+    """Where the run starts from and what it writes."""
+
+    init_from: str | None = None  # BAGEL folder; null with no other source: from scratch
+    init_weights: Literal["ema", "model"] = "ema"
+    init_llm: str | None = None  # Qwen2.5 folder
+    init_vit: str | None = None  # SigLIP folder
+    init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)
+    run_dir: str = "runs/default"
+    save_interval: int = 2000  # steps; a checkpoint is also written after the last step; 0: never
+    auto_resume: bool = True  # continue from the newest checkpoint of run_dir when there is one
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and written while the run goes on."""
+
+    log_interval: int = 1
+    tensorboard: bool = True
+    progress_bar: bool = True
+    peak_tflops: float | None = None  # of one device at the training precision; null: from a table, else no MFU
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,86 @@
+"""One pipeline stage of a BAGEL model: embeddings (first stage), decoder layers, heads (last stage).
+
+Holds no data logic, no losses' normalisation and no optimizer; every stage receives the plan of its micro-batch.
+"""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from megabagel.config.schema import ModelConfig
+from megabagel.models.embeddings import InputEmbeddings, StreamInputs
+from megabagel.models.heads import OutputHeads, RowLosses
+from megabagel.models.routing import route
+from megabagel.models.specs import SHARED_PARTS, block_spec
+from megabagel.packing.plan import PackPlan
+
+
+class Bagel(MegatronModule):
+    """A stage; `pre_process` and `post_process` say whether it is the first and the last."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        groups: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+    ):
+        super().__init__(config)
+        self.model_config = model
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = model.tie_word_embeddings  # read by finalize_model_grads
+        if pre_process:
+            self.embeddings = InputEmbeddings(config, model, groups.tp)
+        layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(model.layer_variant, model.freeze_und, layers),
+            post_layer_norm=False,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+        )
+        if post_process:
+            own_lm_head = not (model.tie_word_embeddings and pre_process)
+            shared_norm = "input_layernorm" in SHARED_PARTS[model.layer_variant] and "mlp" in SHARED_PARTS[model.layer_variant]
+            self.heads = OutputHeads(config, model, groups.tp, shared_norm, own_lm_head)
+        if model.tie_word_embeddings and groups.pp.size() > 1 and (pre_process or post_process):
+            weight = self.shared_embedding_or_output_weight()
+            weight.shared_embedding = True
+            weight.shared = not pre_process  # count its gradient norm on the first stage only
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """The tied vocabulary weight of this stage; called by megatron-core when it sums the tied gradients."""
+        return self.embeddings.und.word_embeddings.weight if self.pre_process else self.heads.lm_head.weight
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """Called by the pipeline schedule with the previous stage's output."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, plan: PackPlan, inputs: StreamInputs | None) -> Tensor | RowLosses:
+        """plan on the CPU; inputs on the device (first and last stage). -> hidden [rows, 1, hidden] or losses."""
+        config = self.config
+        device = torch.device(next(self.parameters()).device)
+        routing = route(plan, config.kv_channels, self.model_config.rotary_base, device)
+        hidden = self.embeddings(routing.plan, inputs) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=routing)
+        if not self.post_process:
+            return hidden
+        tied = self.model_config.tie_word_embeddings and self.pre_process
+        return self.heads(hidden, routing, inputs, self.shared_embedding_or_output_weight() if tied else None)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """megatron-core's description of this stage's shards; a tied head of a later stage is the embedding's replica."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.model_config.tie_word_embeddings and self.post_process and not self.pre_process:
+            replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+            sharded[f"{prefix}heads.lm_head.weight"] = make_tp_sharded_tensor_for_checkpoint(
+                self.heads.lm_head.weight, f"{prefix}embeddings.und.word_embeddings.weight", replica_id=replica
+            )
+        return sharded

@@ -1,0 +1,108 @@
+"""The first pipeline stage's part: text, pictures to understand and latents become the rows of the two streams.
+
+Every weight is used on every step: a padding row receives a dummy token and a dummy patch, so that gradient
+buckets complete and no rank waits when a pack lacks text or images. Padding rows never reach attention or a loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from megabagel.config.schema import ModelConfig
+from megabagel.models.flow import TimestepEmbedder, flow_times, interpolate
+from megabagel.models.position_tables import sincos_table
+from megabagel.models.vision import VisionMLP, VisionTower
+from megabagel.packing.plan import PackPlan
+
+
+@dataclass
+class StreamInputs:
+    """Encoded content of one packed sequence, beside its PackPlan; rows in the plan's order."""
+
+    vit_patches: Tensor  # [Nv, p*p*3] parameter dtype, normalised to [-1, 1]
+    latents: Tensor  # [G, d] float32, clean
+    noise: Tensor  # [G, d] float32
+
+
+class UndEmbeddings(nn.Module):
+    """Text tokens and ViT features -> und stream rows."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup):
+        super().__init__()
+        hidden, dtype = model.hidden_size, config.params_dtype
+        self.word_embeddings = VocabParallelEmbedding(
+            model.vocab_size, hidden, init_method=config.init_method, config=config, tp_group=tp_group
+        )
+        if model.visual_und:
+            self.vit = VisionTower(model.vit, dtype)
+            self.connector = VisionMLP(model.vit.hidden_size, hidden, hidden, model.connector_act, dtype)
+            table = sincos_table(model.vit.max_num_patch_per_side, hidden)
+            self.register_buffer("vit_pos_embed", table, persistent=False)
+
+    def image_features(self, patches: Tensor, position_ids: Tensor, seqlens: list[int]) -> Tensor:
+        """[n, p*p*3] -> [n, hidden]: tower, connector, position table."""
+        features = self.connector(self.vit(patches, position_ids, seqlens))
+        return features + self.vit_pos_embed[position_ids].to(features.dtype)
+
+    def forward(self, plan: PackPlan, vit_patches: Tensor) -> Tensor:
+        """-> [und_length, hidden]."""
+        spare = plan.und_index.numel()  # the first padding row
+        tokens = self.word_embeddings(pad(plan.text_ids, (0, 1))[None])[0]
+        rows = tokens.new_zeros(plan.und_length, tokens.shape[-1])
+        rows = rows.index_add(0, pad(plan.text_rows, (0, 1), value=spare), tokens)
+        if hasattr(self, "vit"):
+            features = self.image_features(
+                pad(vit_patches, (0, 0, 0, 1)), pad(plan.vit_position_ids, (0, 1)), [*plan.vit_seqlens.tolist(), 1]
+            )
+            rows = rows.index_add(0, pad(plan.vit_rows, (0, 1), value=spare), features)
+        return rows
+
+
+class GenEmbeddings(nn.Module):
+    """Noised and clean latents -> gen stream rows."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.timestep_shift = model.timestep_shift
+        self.vae2llm = nn.Linear(model.latent_patch_size**2 * model.vae.z_channels, model.hidden_size, dtype=dtype)
+        self.time_embedder = TimestepEmbedder(model.hidden_size, dtype)
+        self.register_buffer(
+            "latent_pos_embed", sincos_table(model.max_latent_size, model.hidden_size), persistent=False
+        )
+
+    def forward(self, plan: PackPlan, latents: Tensor, noise: Tensor) -> Tensor:
+        """-> [gen_length, hidden]."""
+        times = flow_times(plan.timesteps, self.timestep_shift)
+        spare = plan.gen_length - times.numel()
+        tokens = pad(interpolate(latents, noise, times), (0, 0, 0, spare)).to(self.vae2llm.weight.dtype)
+        rows = self.vae2llm(tokens) + self.time_embedder(pad(times, (0, spare)))
+        return rows + self.latent_pos_embed[pad(plan.latent_position_ids, (0, spare))].to(rows.dtype)
+
+
+class InputEmbeddings(nn.Module):
+    """Both streams, concatenated (und first) and sharded by rows under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup):
+        super().__init__()
+        self.config, self.hidden_size, self.freeze_und = config, model.hidden_size, model.freeze_und
+        self.tp_group = tp_group
+        self.und = UndEmbeddings(config, model, tp_group)
+        self.gen = GenEmbeddings(model, config.params_dtype) if model.visual_gen else None
+
+    def forward(self, plan: PackPlan, inputs: StreamInputs) -> Tensor:
+        """-> [und_length + gen_length (over tensor-parallel ranks), 1, hidden]."""
+        und = self.und(plan, inputs.vit_patches)
+        if self.freeze_und:
+            und = und.detach()
+        if self.gen is None:
+            gen = und.new_zeros(plan.gen_length, self.hidden_size)
+        else:
+            gen = self.gen(plan, inputs.latents, inputs.noise)
+        streams = [und[:, None], gen[:, None]]
+        if self.config.sequence_parallel:
+            streams = [scatter_to_sequence_parallel_region(s, group=self.tp_group) for s in streams]
+        return torch.cat(streams)

@@ -1,0 +1,22 @@
+"""RMSNorm whose weight knows about sequence parallelism.
+
+megatron-core's own fallback norm refuses sequence parallelism without Transformer Engine; this one runs everywhere.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, sequence_parallel: bool = False):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        # megatron-core sums the gradients of weights with this mark over the tensor-parallel ranks
+        self.weight.sequence_parallel = sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> the same shape and dtype."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

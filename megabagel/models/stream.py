@@ -1,0 +1,132 @@
+"""One modality's weights of one decoder layer: norms, QKV, output projection and MLP.
+
+Everything here is per token and runs densely on its own stream; the streams meet only in `mot_layer.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megabagel.models.norm import RMSNorm
+from megabagel.models.rotary import apply_rotary
+
+ATTENTION_PARTS = ("input_layernorm", "linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")
+PARTS = (*ATTENTION_PARTS, "pre_mlp_layernorm", "mlp")
+
+
+@dataclass
+class StreamSubmodules:
+    """Classes of the parallel linears and the MLP (megatron-core's own, or Transformer Engine's)."""
+
+    linear_qkv: type = ColumnParallelLinear
+    linear_proj: type = RowParallelLinear
+    mlp: type = MLP
+    mlp_submodules: MLPSubmodules = None
+
+
+class Stream(MegatronModule):
+    """A stream builds its own parts, except those named in `shared`, which are the modules of `owner`.
+
+    Shared modules are reachable as attributes but registered only at their owner: their parameters exist, train and
+    are saved once.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: StreamSubmodules,
+        tp_group: torch.distributed.ProcessGroup,
+        owner: "Stream | None" = None,
+        shared: frozenset[str] = frozenset(),
+    ):
+        super().__init__(config)
+        self.submodules, self.tp_group = submodules, tp_group
+        self.head_dim = config.kv_channels
+        self.groups = config.num_query_groups // config.tensor_model_parallel_size  # on this rank
+        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        for part in PARTS:
+            if part in shared:
+                self.__dict__[part] = owner._modules[part]
+            else:
+                setattr(self, part, getattr(self, f"_build_{part}")())
+
+    def _norm(self, size: int, sequence_parallel: bool) -> RMSNorm:
+        return RMSNorm(size, self.config.layernorm_epsilon, self.config.params_dtype, sequence_parallel)
+
+    def _build_input_layernorm(self) -> RMSNorm:
+        return self._norm(self.config.hidden_size, self.config.sequence_parallel)
+
+    _build_pre_mlp_layernorm = _build_input_layernorm
+
+    def _build_q_layernorm(self) -> torch.nn.Module:
+        # sees this rank's heads only: megatron-core sums its gradient over tensor-parallel ranks by its name
+        return self._norm(self.head_dim, False) if self.config.qk_layernorm else torch.nn.Identity()
+
+    _build_k_layernorm = _build_q_layernorm
+
+    def _build_linear_qkv(self) -> torch.nn.Module:
+        config = self.config
+        return build_module(
+            self.submodules.linear_qkv,
+            config.hidden_size,
+            (config.num_attention_heads + 2 * config.num_query_groups) * self.head_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=config.add_qkv_bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=self.tp_group,
+        )
+
+    def _build_linear_proj(self) -> torch.nn.Module:
+        config = self.config
+        return build_module(
+            self.submodules.linear_proj,
+            config.num_attention_heads * self.head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=self.tp_group,
+        )
+
+    def _build_mlp(self) -> torch.nn.Module:
+        return build_module(
+            self.submodules.mlp,
+            config=self.config,
+            submodules=self.submodules.mlp_submodules,
+            ffn_hidden_size=self.config.ffn_hidden_size,
+            tp_group=self.tp_group,
+        )
+
+    def qkv(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, groups, d] of this rank, q and k normalised and rotated."""
+        mixed, _ = self.linear_qkv(self.input_layernorm(hidden))  # [s, 1, groups * (heads_per_group + 2) * d]
+        rows = mixed.shape[0]
+        mixed = mixed.view(rows, self.groups, self.heads_per_group + 2, self.head_dim)
+        q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
+        q = self.q_layernorm(q.reshape(rows, -1, self.head_dim))
+        k = self.k_layernorm(k.reshape(rows, -1, self.head_dim))
+        return apply_rotary(q, rotary), apply_rotary(k, rotary), v.reshape(rows, -1, self.head_dim)
+
+    def project(self, context: Tensor) -> Tensor:
+        """Attention result [s, heads, d] of this rank -> [s or s/tp, 1, hidden]."""
+        out, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        return out
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """Normalised MLP: [s, 1, hidden] -> [s, 1, hidden], residual not added."""
+        out, _ = self.mlp(self.pre_mlp_layernorm(hidden))
+        return out

@@ -1,0 +1,1 @@
+"""Turning packs into updates: encode, step, optimizer, moving average, metrics and the loop."""

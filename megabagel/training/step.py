@@ -1,0 +1,104 @@
+"""One training step: global loss counts, megatron-core's pipeline schedule over the micro-batches, the update.
+
+Losses are divided by counts of the whole step, so the result does not depend on the layout or the micro-batch split.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from megabagel.config.schema import TrainingConfig
+from megabagel.models.embeddings import StreamInputs
+from megabagel.models.heads import RowLosses
+from megabagel.packing.plan import PackPlan
+
+MicroBatch = tuple[PackPlan, StreamInputs | None]
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """Divisors of a step's losses over all micro-batches and data-parallel ranks, and what else the step holds."""
+
+    ce: float  # loss tokens, or the sum of their weights under `ce_loss_reweighting`
+    ce_tokens: int
+    mse_tokens: int
+    tokens: int
+    samples: int
+
+
+def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device) -> LossCounts:
+    """Sum over this replica's plans and all data-parallel ranks; every rank must call it."""
+    per_plan = [
+        (
+            plan.ce_weights.double().sum().item() if training.ce_loss_reweighting else plan.ce_rows.numel(),
+            plan.ce_rows.numel(),
+            plan.mse_rows.numel(),
+            plan.sequence_length,
+            plan.sample_lens.numel(),
+        )
+        for plan in plans
+    ]
+    total = torch.tensor(per_plan, dtype=torch.float64, device=device).sum(dim=0)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    ce, *integers = total.tolist()
+    return LossCounts(ce, *(int(n) for n in integers))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Global means of a step, None where no token carries that loss. Valid on the last pipeline stage only."""
+
+    ce: float | None
+    mse: float | None
+
+
+def _loss(rows: RowLosses, plan: PackPlan, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
+    """This micro-batch's share of the step's loss, in the form megatron-core's schedules expect."""
+    weights = plan.ce_weights.to(rows.ce) if training.ce_loss_reweighting else torch.ones_like(rows.ce[:-1])
+    # the appended padding row keeps the heads' weights in the graph and counts nothing
+    ce = (rows.ce * nn.functional.pad(weights, (0, 1))).sum() / max(counts.ce, 1e-12)
+    counted = torch.ones_like(rows.mse)
+    counted[-1] = 0
+    mse = (rows.mse * counted).sum() / max(counts.mse_tokens, 1)
+    loss = training.ce_weight * ce + training.mse_weight * mse
+    tokens = torch.ones((), dtype=torch.int, device=loss.device)  # demanded by the schedule; the loss is normalised
+    return loss, tokens, {"ce": ce.detach(), "mse": mse.detach()}
+
+
+def forward_backward(
+    stages: list[nn.Module],
+    micro_batches: list[MicroBatch],
+    counts: LossCounts,
+    training: TrainingConfig,
+    rows: int,
+    forward_only: bool = False,
+) -> Losses:
+    """Run all micro-batches through the pipeline; gradients are left in the DDP buffers, summed over data parallel.
+
+    `rows`: padded rows [und | gen] of every pack, the length of the tensor that travels between stages.
+    """
+
+    def forward_step(batches: Iterator[MicroBatch], stage: nn.Module):
+        plan, inputs = next(batches)
+        return stage(plan, inputs), lambda output: _loss(output, plan, counts, training)
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=stages,
+        num_microbatches=len(micro_batches),
+        seq_length=rows,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    if not reports:
+        return Losses(None, None)
+    sums = torch.stack([torch.stack([r["ce"], r["mse"]]) for r in reports]).double().sum(dim=0)
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    ce, mse = sums.tolist()
+    return Losses(ce if counts.ce_tokens else None, mse if counts.mse_tokens else None)
