@@ -1,0 +1,128 @@
+"""The data file: groups of data sets, their image sizes, weights and paths, under the official BAGEL keys.
+
+`load_dataset_groups` reads and types it and resolves paths; the samples themselves are read by `megabagel.data`.
+Whether paths exist and sizes fit the model is checked in `checks.py`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megabagel.config.errors import ConfigError, unknown_key
+from megabagel.config.fields import build
+
+T2I, EDIT, VLM = "t2i_pretrain", "unified_edit", "vlm_sft"
+GROUP_NAMES = (T2I, EDIT, VLM)  # the name of a group decides its source
+
+
+@dataclass
+class ImageTransformArgs:
+    """Target size of pictures, in pixels; the rule itself is in `megabagel.data.images`."""
+
+    image_stride: int  # both sides are multiples of it
+    max_image_size: int  # longest side
+    min_image_size: int  # shortest side, unless the longest would pass max_image_size
+    max_pixels: int = 14 * 14 * 9 * 1024  # of all pictures of a sample together, where the source has several
+
+
+@dataclass
+class FrameSamplerArgs:
+    """How many frames are taken from a video."""
+
+    max_num_frames: int
+    min_num_frames: int = 8
+
+
+@dataclass
+class DatasetPaths:
+    """Where one data set lies. Relative paths count from the data file's folder; absolute once loaded."""
+
+    data_dir: str | None = None  # parquet files (t2i, edit) or the folder that jsonl image names are relative to
+    jsonl_path: str | None = None  # vlm_sft: the conversations
+    parquet_info_path: str | None = None  # JSON {parquet path: {"num_row_groups": n}}; null: read from the files
+    num_files: int | None = None  # informative, as in the official registry
+    num_total_samples: int | None = None  # informative
+
+
+@dataclass
+class GroupConfig:
+    """One group: data sets mixed into one stream of samples."""
+
+    datasets: dict[str, DatasetPaths]
+    image_transform_args: ImageTransformArgs  # VAE pictures; in vlm_sft the ViT pictures
+    dataset_names: list[str] = field(default_factory=list)  # entries of `datasets` that are used, in order; empty: all
+    vit_image_transform_args: ImageTransformArgs | None = None  # unified_edit: ViT pictures
+    frame_sampler_args: FrameSamplerArgs | None = None  # vlm_sft with videos
+    is_mandatory: bool = False  # every pack starts with a sample of each mandatory group
+    weight: float = 1.0  # relative frequency of draws among the groups
+    num_used_data: list[int] | None = None  # per data set: parquet files (t2i, edit) or lines (vlm); null: all
+    shuffle_lines: bool = False
+    shuffle_seed: int = 0
+
+
+def load_dataset_groups(path: str) -> dict[str, GroupConfig]:
+    """Read the data file at `path`: group name -> group, in file order, with absolute paths.
+
+    Raises:
+        ConfigError: missing or unreadable file, unknown group or key, missing key, wrong type, or a data set that is
+            named but not described.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"data file {path} cannot be read ({error.strerror}); fix data.dataset_config_file."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"data file {path} must map group names ({', '.join(GROUP_NAMES)}) to groups; it holds none.")
+    groups = {}
+    for name, group in content.items():
+        if name not in GROUP_NAMES:
+            raise unknown_key(f"data file {path}", str(name), GROUP_NAMES)
+        groups[name] = _group(name, group, f"data file {path}, group `{name}`", Path(path).resolve().parent)
+    return groups
+
+
+def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
+    """The typed group, `dataset_names` filled and `datasets` reduced to the used ones with absolute paths."""
+    group = build(GroupConfig, value, where)
+    group.dataset_names = group.dataset_names or list(group.datasets)
+    if not group.dataset_names:
+        raise ConfigError(f"{where}: `datasets` is empty; describe at least one data set or remove the group.")
+    for dataset in group.dataset_names:
+        if dataset not in group.datasets:
+            described = ", ".join(group.datasets)
+            raise ConfigError(
+                f"{where}: `dataset_names` has `{dataset}`, which `datasets` does not describe ({described})."
+            )
+        _check_source(name, group.datasets[dataset], f"{where}, data set `{dataset}`")
+    group.datasets = {dataset: _absolute(group.datasets[dataset], folder) for dataset in group.dataset_names}
+    given, wanted = len(group.num_used_data or []), len(group.dataset_names)
+    if group.num_used_data is not None and given != wanted:
+        raise ConfigError(f"{where}: `num_used_data` has {given} entries for {wanted} data sets; give one for each.")
+    if name == EDIT and group.vit_image_transform_args is None:
+        raise ConfigError(
+            f"{where}: key `vit_image_transform_args` is missing; source pictures also enter through the ViT."
+        )
+    return group
+
+
+def _absolute(paths: DatasetPaths, folder: Path) -> DatasetPaths:
+    """The same with absolute paths; jsonl image names default to being relative to the jsonl file's folder."""
+    for name in ("data_dir", "jsonl_path", "parquet_info_path"):
+        if (value := getattr(paths, name)) is not None:
+            setattr(paths, name, str(folder / Path(value).expanduser()))
+    if paths.data_dir is None and paths.jsonl_path is not None:
+        paths.data_dir = str(Path(paths.jsonl_path).parent)
+    return paths
+
+
+def _check_source(group: str, paths: DatasetPaths, where: str) -> None:
+    if group == VLM and paths.jsonl_path is None:
+        raise ConfigError(f"{where}: key `jsonl_path` is missing; {VLM} reads conversations from a jsonl file.")
+    if group != VLM and paths.data_dir is None:
+        raise ConfigError(f"{where}: key `data_dir` is missing; {group} reads the parquet files of a folder.")
