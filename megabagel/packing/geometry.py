@@ -51,7 +51,7 @@ def _fractional_buckets(length: int, table_side: int) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def grid_position_ids(rows: int, columns: int, table_side: int, interpolate: bool) -> np.ndarray:
-    """Position-table indices of a rows x columns grid in reading order, int64 [rows * columns] (shared: do not write)."""
+    """Position-table indices of a rows x columns grid in reading order, int64 [rows * columns], read-only."""
     if interpolate:
         row_ids, column_ids = _fractional_buckets(rows, table_side), _fractional_buckets(columns, table_side)
     else:

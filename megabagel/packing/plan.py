@@ -54,7 +54,8 @@ class PackPlan:
 
     def to(self, device: torch.device | str) -> "PackPlan":
         """Copy on `device`."""
-        return PackPlan(**{f.name: v.to(device) if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackPlan(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 CAUSAL, FULL, NOISE = 0, 1, 2

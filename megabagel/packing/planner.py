@@ -1,6 +1,6 @@
 """Splits of several samples become one PackPlan: every index, label, weight and segment of a packed sequence.
 
-Vectorised numpy, O(tokens + kv entries). It never sees pixels and decides nothing: order and dropout were settled before.
+Vectorised numpy, O(tokens + kv entries). It never sees pixels and decides nothing: order and dropout are settled.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,17 @@ __all__ = ["Geometry", "PlannedSample", "SpecialTokens", "build_plan", "fixed_le
 
 
 def fixed_length(max_num_tokens: int, tile: int) -> int:
-    """Padded length of both streams together that holds any pack of up to `max_num_tokens` tokens, a multiple of `tile`."""
+    """Padded length of both streams together, a multiple of `tile`, that holds any pack of `max_num_tokens`."""
     return (max_num_tokens + 2 * tile) // tile * tile
 
 
-def build_plan(samples: Sequence[PlannedSample], geometry: Geometry, tile: int, total_length: int | None = None) -> PackPlan:
+def build_plan(
+    samples: Sequence[PlannedSample], geometry: Geometry, tile: int, total_length: int | None = None
+) -> PackPlan:
     """The plan of `samples`, packed in the given order.
 
-    Each stream is padded to a multiple of `tile` with at least one padding row. With `total_length` (pipeline parallelism)
-    the und stream takes all that the gen stream leaves, so that both together always have that length.
+    Each stream is padded to a multiple of `tile` with at least one padding row. With `total_length` (pipeline
+    parallelism) the und stream takes all that the gen stream leaves, so both together always have that length.
     Raises ValueError when the samples do not fit into `total_length` or there is none.
     """
     if not samples:
@@ -122,11 +124,13 @@ def _stream_lengths(num_und: int, num_gen: int, tile: int, total_length: int | N
     if total_length is None:
         return und_length, gen_length
     if total_length % tile:
-        raise ValueError(f"the fixed pack length {total_length} must be a multiple of {tile} (tensor x context parallel size x 16)")
+        raise ValueError(
+            f"the fixed pack length {total_length} must be a multiple of {tile} (tensor x context parallel size x 16)"
+        )
     if und_length + gen_length > total_length:
         raise ValueError(
-            f"a pack of {num_und} text and ViT tokens and {num_gen} latent tokens pads to {und_length + gen_length} rows, more than "
-            f"the fixed length {total_length}; raise data.max_num_tokens"
+            f"a pack of {num_und} text and ViT tokens and {num_gen} latent tokens pads to {und_length + gen_length} "
+            f"rows, more than the fixed length {total_length}; raise data.max_num_tokens"
         )
     return total_length - gen_length, gen_length
 

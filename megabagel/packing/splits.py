@@ -74,8 +74,8 @@ def plan_sample(
 ) -> PlannedSample:
     """Lay out `sample`.
 
-    `dropped` [items] says which items are absent (none: nothing is dropped). `timesteps` gives the raw N(0, 1) value of each
-    kept noised split in order; without it they are drawn from `seed` and the sample's key.
+    `dropped` [items] says which items are absent (none: nothing is dropped). `timesteps` gives the raw N(0, 1) value
+    of each kept noised split in order; without it they are drawn from `seed` and the sample's key.
     Raises ValueError, naming the sample's origin, when an image does not fit the geometry or nothing is left.
     """
     dropped = [False] * len(sample.items) if dropped is None else list(dropped)
@@ -116,7 +116,7 @@ def plan_sample(
         rope += _rope_advance(item, kind, piece.length)
         open_split = not item.split_end
     if not planned.pieces:
-        raise ValueError(f"{sample.origin}: no item is left after condition dropout; a sample needs at least one that is kept")
+        raise ValueError(f"{sample.origin}: no item is left after condition dropout; a sample must keep at least one")
     return planned
 
 
@@ -150,13 +150,13 @@ def _grid(item: Item, geometry: Geometry, origin: str) -> tuple[int, int]:
     stride, side = geometry.stride(item.type), geometry.table_side(item.type)
     if height % stride or width % stride or not height or not width:
         raise ValueError(
-            f"{origin}: {item.type} of {height}x{width} pixels (height x width); both sides must be positive multiples of {stride}, "
-            "so resize it with the transform arguments of its group"
+            f"{origin}: {item.type} of {height}x{width} pixels (height x width), but both sides must be positive "
+            f"multiples of {stride}; set image_stride of its group's transform to {stride}"
         )
     grid = height // stride, width // stride
     if max(grid) > side and not geometry.interpolate_pos:
         raise ValueError(
-            f"{origin}: {item.type} of {height}x{width} pixels makes a grid of {grid[0]}x{grid[1]} tokens, but the position table has "
-            f"{side}x{side}; lower max_image_size to {side * stride} or raise the model's table side"
+            f"{origin}: {item.type} of {height}x{width} pixels (height x width) makes {grid[0]}x{grid[1]} tokens, but "
+            f"the position table has {side}x{side}; set max_image_size of its group's transform to {side * stride}"
         )
     return grid
