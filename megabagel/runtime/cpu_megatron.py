@@ -220,8 +220,8 @@ ROWS = (
         _with_cuda_type_names,
     ),
 )
-# Two more, for every module of megatron-core: the global name `torch` is bound to a stand-in whose `cuda` answers for the
-# CPU and whose factories take device="cuda" for the CPU; and `Tensor.cuda()` returns the tensor itself.
+# Two more, for every module of megatron-core: the global name `torch` is bound to a stand-in whose `cuda` answers for
+# the CPU and whose factories take device="cuda" for the CPU; and `Tensor.cuda()` returns the tensor itself.
 
 
 # ----------------------------------------------------------------------------------------------------- install

@@ -143,7 +143,7 @@ def _seed(seed: int) -> None:
 
 
 def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessGroup]:
-    """Ranks of this rank's replica and a gloo group of them. Every rank creates the groups of all replicas, in order."""
+    """Ranks of this rank's replica and a gloo group of them. Every rank makes the groups of all replicas, in order."""
     generator = parallel_state.RankGenerator(
         tp=parallel_state.get_tensor_model_parallel_world_size(),
         ep=1,

@@ -1,0 +1,47 @@
+"""Starts a file or module under torchrun and hands back what it said; used by all distributed tests."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(
+    target: str | Path, *args: object, processes: int, timeout: float = 120, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `target` (a .py file, or the dotted name of a module) on `processes` ranks from the repository's root.
+
+    Returns its exit code and, in `stdout`, both streams as they came. All its processes are ended after `timeout`
+    seconds, and TimeoutError then carries the output so far.
+    """
+    target = str(target)
+    program = [target] if target.endswith(".py") else ["-m", target]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *program]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
+    process = subprocess.Popen(
+        [*command, *map(str, args)],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise TimeoutError(f"{target} ran longer than {timeout} s; its output:\n{output}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def launch_ok(target: str | Path, *args: object, processes: int, timeout: float = 120) -> str:
+    """Like `launch`, and fails the test with the whole output when the program failed."""
+    result = launch(target, *args, processes=processes, timeout=timeout)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
