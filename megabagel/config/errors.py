@@ -12,8 +12,8 @@ class ConfigError(ValueError):
 
 
 def unknown_key(where: str, key: str, allowed: Iterable[str]) -> ConfigError:
-    """The error about `key`, which `where` (a file, a section of a file) does not have, with the nearest allowed key."""
+    """The error about `key`, which `where` (a file, a section of it) does not have, with the nearest allowed key."""
     allowed = list(allowed)
     near = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1, cutoff=0.4)
-    hint = f"did you mean `{near[0]}`? " if near else ""
-    return ConfigError(f"{where}: unknown key `{key}`; {hint}Allowed here: {', '.join(allowed)}.")
+    hint = f", did you mean `{near[0]}`?" if near else ""
+    return ConfigError(f"{where}: unknown key `{key}`{hint} (allowed here: {', '.join(allowed)}).")

@@ -27,42 +27,42 @@ class ModelConfig:
     """Shape of the model, what it can see and make, and which parts stay frozen."""
 
     folder: str | None = None  # read the shape from this BAGEL folder's JSON files instead of from the fields below
-    layer_variant: Literal["mot", "moe", "dense"] = "mot"
+    layer_variant: Literal["mot", "moe", "dense"] = "mot"  # weights per modality: whole layers, MLPs only, or none
     hidden_size: int = 3584
     num_layers: int = 28
     num_attention_heads: int = 28
-    num_query_groups: int = 4
+    num_query_groups: int = 4  # key and value heads
     ffn_hidden_size: int = 18944
     vocab_size: int = 152064
     rotary_base: float = 1e6
     layernorm_epsilon: float = 1e-6
-    qk_layernorm: bool = True
+    qk_layernorm: bool = True  # RMSNorm on queries and keys, per head
     tie_word_embeddings: bool = False
     vit: VisionConfig = field(default_factory=VisionConfig)
     vae: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     connector_act: str = "gelu_pytorch_tanh"
-    interpolate_pos: bool = False
-    latent_patch_size: int = 2
+    interpolate_pos: bool = False  # squeeze every picture into the whole position table instead of its corner
+    latent_patch_size: int = 2  # latent pixels per side of one image token
     max_latent_size: int = 64  # side of the latent position table, in latent patches
-    timestep_shift: float = 1.0
-    visual_und: bool = True
-    visual_gen: bool = True
+    timestep_shift: float = 1.0  # s of s*t/(1+(s-1)t): above 1, training sees more noise
+    visual_und: bool = True  # pictures enter through the ViT
+    visual_gen: bool = True  # pictures are generated: VAE tokens and the latent head
     freeze_llm: bool = False
     freeze_vit: bool = False
     freeze_vae: Literal[True] = True  # the autoencoder is never trained here
-    freeze_und: bool = False
-    init_std: float = 0.02
+    freeze_und: bool = False  # train only what generates pictures (gen weights, latent projections, timestep embedder)
+    init_std: float = 0.02  # of weights that start from scratch
 
 
 @dataclass
 class ParallelConfig:
     """How the model is laid out over ranks; what is left of the world size is data parallel."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    tensor_model_parallel_size: int = 1  # ranks that split every layer
+    pipeline_model_parallel_size: int = 1  # ranks that split the stack of layers
+    sequence_parallel: bool = False  # shard activations between tensor-parallel layers too
+    overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
+    overlap_param_gather: bool = False  # gather updated parameters while the forward pass runs
 
 
 @dataclass
@@ -75,13 +75,13 @@ class DataConfig:
     max_num_tokens: int = 36864  # and never holds more than this many
     max_num_tokens_per_sample: int = 16384
     prefer_buffer_before: int = 16384  # below this fill, waiting over-long samples are tried first
-    max_buffer_size: int = 50
-    text_cond_dropout_prob: float = 0.1
-    vit_cond_dropout_prob: float = 0.3
-    vae_cond_dropout_prob: float = 0.3
+    max_buffer_size: int = 50  # over-long samples that wait for the next pack
+    text_cond_dropout_prob: float = 0.1  # a condition is left out this often, for guidance
+    vit_cond_dropout_prob: float = 0.3  # the same for ViT pictures
+    vae_cond_dropout_prob: float = 0.3  # the same for clean VAE pictures
     num_workers: int = 1  # decoding processes per reader; 0 decodes in the training process
     prefetch_factor: int = 2  # packs waiting per worker
-    seed: int = 42
+    seed: int = 42  # order, mixture, dropout, timesteps and noise
 
 
 @dataclass
@@ -91,13 +91,13 @@ class OptimizerConfig:
     lr: float = 2e-5
     min_lr: float = 0.0
     lr_decay_style: Literal["constant", "cosine", "linear"] = "constant"
-    lr_warmup_steps: int = 2000
+    lr_warmup_steps: int = 2000  # linear, from 0
     lr_decay_steps: int | None = None  # null: training.train_steps
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-15
     weight_decay: float = 0.0
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # global L2 norm
     ema_decay: float | None = 0.9999  # null: no moving average
 
 
@@ -105,13 +105,13 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length, batch, precision and losses."""
 
-    train_steps: int = 500_000
+    train_steps: int = 500_000  # updates in all, resumed ones included
     global_batch_size: int = 1  # packs per step over all data-parallel ranks
     params_dtype: Literal["bf16", "fp32"] = "bf16"  # bf16 keeps fp32 main parameters in the optimizer
-    ce_weight: float = 1.0
-    mse_weight: float = 1.0
+    ce_weight: float = 1.0  # of the text loss
+    mse_weight: float = 1.0  # of the picture loss
     ce_loss_reweighting: bool = False  # weigh each text by 1/sqrt(length + 1)
-    seed: int = 4396
+    seed: int = 4396  # initial weights
 
 
 @dataclass
@@ -119,11 +119,11 @@ class CheckpointConfig:
     """Where the run starts from and what it writes."""
 
     init_from: str | None = None  # BAGEL folder; null with no other source: from scratch
-    init_weights: Literal["ema", "model"] = "ema"
+    init_weights: Literal["ema", "model"] = "ema"  # which file of init_from is read first
     init_llm: str | None = None  # Qwen2.5 folder
     init_vit: str | None = None  # SigLIP folder
     init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)
-    run_dir: str = "runs/default"
+    run_dir: str = "runs/default"  # checkpoints, metrics.jsonl, tensorboard and the resolved config go here
     save_interval: int = 2000  # steps; a checkpoint is also written after the last step; 0: never
     auto_resume: bool = True  # continue from the newest checkpoint of run_dir when there is one
 
@@ -132,9 +132,9 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is shown and written while the run goes on."""
 
-    log_interval: int = 1
-    tensorboard: bool = True
-    progress_bar: bool = True
+    log_interval: int = 1  # steps between two lines of the console and the logs
+    tensorboard: bool = True  # event files in RUN_DIR/tensorboard
+    progress_bar: bool = True  # on a terminal; plain lines elsewhere
     peak_tflops: float | None = None  # of one device at the training precision; null: from a table, else no MFU
 
 
