@@ -1,0 +1,23 @@
+"""Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`, under torchrun for several ranks."""
+
+from megabagel.config.checks import ConfigError, check_config
+from megabagel.config.load import load_config, to_yaml
+from megabagel.runtime import distributed, failure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Everything that can be wrong with the configuration is found before any rank allocates memory."""
+    config = load_config(argv)
+    with failure.guard(ConfigError, ValueError, OSError):
+        check_config(config, distributed.world_size())
+        layout = distributed.initialize(config.parallel, config.training.seed)
+        if layout.rank == 0:
+            print(to_yaml(config), flush=True)
+        from megabagel.training.setup import build_trainer  # after the device is chosen
+
+        build_trainer(config, layout).run()
+        distributed.destroy()
+
+
+if __name__ == "__main__":
+    main()

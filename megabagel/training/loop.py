@@ -1,0 +1,141 @@
+"""The training loop of one rank: read, encode, step, average, watch, save.
+
+It only calls the pieces in order; `setup.py` puts them together and none of them knows of the loop.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+
+from megabagel.checkpoint import distributed as checkpoint
+from megabagel.config.load import to_yaml
+from megabagel.config.schema import Config
+from megabagel.data.broadcast import ReplicaReader
+from megabagel.packing.plan import PackPlan
+from megabagel.runtime.distributed import Layout
+from megabagel.training.ema import ShardedEma
+from megabagel.training.encode import Encoder
+from megabagel.training.flops import pack_flops
+from megabagel.training.metrics import MetricsWriter
+from megabagel.training.optimizer import set_learning_rate
+from megabagel.training.schedule import lr_at
+from megabagel.training.step import LossCounts, Losses, count, forward_backward
+
+
+@dataclass
+class Trainer:
+    """What one rank needs to train. `stages` are wrapped in megatron-core's DistributedDataParallel."""
+
+    config: Config
+    layout: Layout
+    stages: list[nn.Module]
+    optimizer: MegatronOptimizer
+    ema: ShardedEma | None
+    reader: ReplicaReader
+    encoder: Encoder
+    rows: int  # padded rows of every pack: the length that travels between pipeline stages
+    step: int = 0
+    samples: int = 0
+
+    def run(self) -> None:
+        """Train up to `training.train_steps`, then write the last checkpoint."""
+        config = self.config
+        writer = None
+        if self.layout.is_last_stage_writer:
+            writer = MetricsWriter(
+                Path(config.checkpoint.run_dir), config, start_step=self.step, train_steps=config.training.train_steps
+            )
+        try:
+            while self.step < config.training.train_steps:
+                values = self.train_step()
+                if writer and self.step % config.logging.log_interval == 0:
+                    writer.write(self.step, values)
+                if self._save_is_due():
+                    self.save()
+        finally:
+            self.reader.close()
+            if writer:
+                writer.close()
+
+    def train_step(self) -> dict[str, float | None]:
+        """One update; the values that the log shows (losses are None except on the last stage)."""
+        config, start = self.config, time.perf_counter()
+        micro_batches = config.training.global_batch_size // self.layout.dp_size
+        packs = [self.reader.next() for _ in range(micro_batches)]
+        read = time.perf_counter()
+        plans = [pack.plan for pack in packs]
+        counts = count(plans, config.training, self.layout.device)
+        inputs = self.encoder(packs)
+        encoded = time.perf_counter()
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = forward_backward(
+            self.stages, list(zip(plans, inputs, strict=True)), counts, config.training, self.rows
+        )
+        lr = lr_at(self.step, config.optimizer, config.training.train_steps)
+        set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        if self.ema:
+            self.ema.update(config.optimizer.ema_decay)
+        self.step += 1
+        self.samples += counts.samples
+        end = time.perf_counter()
+        times = {"step_time": end - start, "data_time": read - start, "encode_time": encoded - read}
+        return self._values(plans, counts, losses, lr, grad_norm, times)
+
+    def _values(
+        self,
+        plans: list[PackPlan],
+        counts: LossCounts,
+        losses: Losses,
+        lr: float,
+        grad_norm: float,
+        times: dict[str, float],
+    ) -> dict[str, float | None]:
+        flops = sum(pack_flops(plan, self.config.model) for plan in plans) * self.layout.dp_size
+        return {
+            "ce": losses.ce,
+            "mse": losses.mse,
+            "lr": lr,
+            "grad_norm": float(grad_norm),
+            "tokens_per_sec": counts.tokens / times["step_time"],
+            "tflops_per_device": flops / times["step_time"] / self.layout.world_size / 1e12,
+            "tokens": counts.tokens,
+            "ce_tokens": counts.ce_tokens,
+            "mse_tokens": counts.mse_tokens,
+            "samples": counts.samples,
+            "samples_seen": self.samples,
+            "memory_bytes": torch.cuda.max_memory_allocated() if self.layout.device.type == "cuda" else None,
+            **times,
+        }
+
+    def _save_is_due(self) -> bool:
+        interval = self.config.checkpoint.save_interval
+        return interval > 0 and (self.step % interval == 0 or self.step == self.config.training.train_steps)
+
+    def save(self) -> None:
+        """Write the whole state of the run; every rank must call it."""
+        checkpoint.save(
+            self.config.checkpoint.run_dir,
+            self.step,
+            self.stages,
+            self.optimizer,
+            self.ema,
+            data_state=self.reader.state_dict(),
+            counters={"samples": self.samples},
+            config_yaml=to_yaml(self.config),
+        )
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint of the run folder; False when there is none."""
+        state = checkpoint.load(self.config.checkpoint.run_dir, self.stages, self.optimizer, self.ema)
+        if state is None:
+            return False
+        self.step, self.samples = state.step, state.counters["samples"]
+        self.reader.load_state_dict(state.data_state)
+        return True

@@ -1,0 +1,71 @@
+"""Puts a run together on one rank: model, weights, optimizer, data, autoencoder; continues a run if there is one."""
+
+from megabagel.checkpoint.hf import load_weights, open_source
+from megabagel.config.datasets import load_dataset_groups
+from megabagel.config.paths import autoencoder_path, tokenizer_path
+from megabagel.config.schema import Config, ModelConfig
+from megabagel.data.broadcast import ReplicaReader
+from megabagel.data.reader import Reader
+from megabagel.data.text import Tokenizer
+from megabagel.models.autoencoder import load_autoencoder
+from megabagel.models.build import DTYPES, build_stage
+from megabagel.packing.geometry import Geometry, SpecialTokens
+from megabagel.packing.planner import fixed_length
+from megabagel.runtime.distributed import Layout
+from megabagel.training.ema import ShardedEma
+from megabagel.training.encode import Encoder
+from megabagel.training.loop import Trainer
+from megabagel.training.optimizer import build_optimizer
+from megabagel.training.wrap import wrap
+
+ROWS_PER_TILE = 16  # keeps FP8 GEMM shapes legal on every rank that shares a stream's rows
+
+
+def geometry(model: ModelConfig, special_tokens: SpecialTokens) -> Geometry:
+    """What the packer must know of the model."""
+    return Geometry(
+        latent_stride=model.vae.downsample * model.latent_patch_size,
+        max_latent_size=model.max_latent_size,
+        vit_patch_size=model.vit.patch_size,
+        vit_max_num_patch_per_side=model.vit.max_num_patch_per_side,
+        special_tokens=special_tokens,
+        interpolate_pos=model.interpolate_pos,
+    )
+
+
+def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> Reader:
+    tokenizer = Tokenizer(tokenizer_path(config))
+    return Reader(
+        config.data,
+        load_dataset_groups(config.data.dataset_config_file),
+        tokenizer,
+        geometry(config.model, tokenizer.special),
+        tile=tile,
+        total_length=total_length,
+        data_parallel_rank=layout.dp_rank,
+        data_parallel_size=layout.dp_size,
+    )
+
+
+def build_trainer(config: Config, layout: Layout) -> Trainer:
+    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0."""
+    stage = build_stage(config, layout.device)
+    source = open_source(config)
+    load_weights(stage, source)
+    source.close()
+    stages = wrap([stage], config.parallel, config.training.params_dtype)
+    optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
+    ema = ShardedEma(optimizer) if config.optimizer.ema_decay is not None else None
+    autoencoder = None
+    if config.model.visual_gen:
+        autoencoder = load_autoencoder(autoencoder_path(config)).to(layout.device, DTYPES[config.training.params_dtype])
+    tile = ROWS_PER_TILE * layout.tp_size
+    rows = fixed_length(config.data.max_num_tokens, tile)
+    # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
+    total_length = rows if layout.pp_size > 1 else None
+    reader = ReplicaReader(lambda: _open_reader(config, layout, tile, total_length), layout)
+    encoder = Encoder(config, layout, autoencoder)
+    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows)
+    if config.checkpoint.auto_resume:
+        trainer.resume()
+    return trainer
