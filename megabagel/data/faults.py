@@ -72,8 +72,8 @@ class FaultLog:
             logger.warning("%s: %d of %d rows so far are bad (%s); check the data", group, bad, rows, kinds)
         if self.bad_in_a_row[group] >= self.rows_per_pass[group]:
             raise DataError(
-                f"group {group}: not one of {self.bad_in_a_row[group]} rows of a full pass can be used; the last: {fault}. "
-                "Fix the data or remove the group."
+                f"group {group}: not one of {self.bad_in_a_row[group]} rows of a full pass can be used; "
+                f"the last: {fault}. Fix the data or remove the group."
             )
 
     def counts(self) -> dict[str, dict[str, int]]:

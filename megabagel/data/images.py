@@ -13,9 +13,9 @@ from megabagel.data.faults import DataFault
 def target_size(width: int, height: int, args: ImageTransformArgs, num_images: int = 1) -> tuple[int, int]:
     """Width and height after resizing; `num_images` pictures share the pixel budget.
 
-    Short pictures grow to `min_image_size` even if the long side then passes `max_image_size`; the last step undoes that.
-    The pixel budget scales both sides by the area ratio, not by its root, as in BAGEL: such pictures end up smaller than
-    they had to be. Rounding may leave a side one stride above the limit the step before it enforced.
+    Short pictures grow to `min_image_size` even if the long side then passes `max_image_size`; the last step undoes
+    that. The pixel budget scales both sides by the area ratio, not by its root, as in BAGEL: such pictures end up
+    smaller than they had to be. Rounding may leave a side one stride above a limit.
     """
     stride, budget = args.image_stride, args.max_pixels / num_images
     scale = max(min(args.max_image_size / max(width, height), 1.0), args.min_image_size / min(width, height))

@@ -25,7 +25,7 @@ class JsonLines:
         for i, (name, path) in enumerate(zip(self.names, self.paths, strict=True)):
             spans = _index(name, path)
             used = len(spans) if group.num_used_data is None else min(group.num_used_data[i], len(spans))
-            if group.shuffle_lines:  # decides which lines are used where not all are; the order of visits is seeded elsewhere
+            if group.shuffle_lines:  # only decides which lines are used; the order of visits is seeded elsewhere
                 spans = spans[rng.generator(group.shuffle_seed, "line_choice", (i,)).permutation(len(spans))]
             self._spans.append(spans[:used])
         self.blocks = [len(spans) for spans in self._spans]

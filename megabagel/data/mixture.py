@@ -13,7 +13,7 @@ class Mixture:
         """`weights`: group name -> weight, in group order. Raises DataError when they cannot be drawn from."""
         values = np.array(list(weights.values()), dtype=np.float64)
         if not len(values) or (values < 0).any() or not np.isfinite(values).all() or values.sum() <= 0:
-            raise DataError(f"group weights {weights} cannot be drawn from; give each group a weight >= 0, one of them > 0.")
+            raise DataError(f"group weights {weights} cannot be drawn from; weights must be >= 0, at least one > 0.")
         self._thresholds = np.cumsum(values) / values.sum()
         self._last = int(np.flatnonzero(values)[-1])
         self._seed, self._rank = seed, data_parallel_rank

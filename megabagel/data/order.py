@@ -40,8 +40,8 @@ def round_keys(seed: int, purpose: str, key: tuple[int, ...]) -> tuple[int, ...]
 class GroupOrder:
     """Maps a position to (pass, row).
 
-    Rows come in blocks that are cheap to read together (parquet row groups). Each pass puts the blocks in random order and
-    shuffles the rows inside windows of `window` consecutive blocks, so a reader needs only that many blocks at a time.
+    Rows come in blocks that are cheap to read together (parquet row groups). Each pass puts the blocks in random order
+    and shuffles the rows inside windows of `window` consecutive blocks: a reader needs only that many at a time.
     """
 
     def __init__(self, block_sizes: list[int], seed: int, group_index: int, window: int | None = None) -> None:

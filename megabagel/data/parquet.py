@@ -41,11 +41,12 @@ class ParquetRows:
             with pq.ParquetFile(path) as file:
                 metadata, present = file.metadata, set(file.schema_arrow.names)
         except (pa.ArrowException, OSError) as error:
-            fault = Fault("unreadable_parquet", str(path), f"truncated or not a parquet file, all its rows are lost ({error})")
-            self.faults.append(fault)
+            message = f"truncated or not a parquet file, all its rows are lost ({error})"
+            self.faults.append(Fault("unreadable_parquet", str(path), message))
             return
         if missing := [column for column in self.columns if column not in present]:
-            message = f"column {', '.join(missing)} is missing (found {', '.join(sorted(present))}), all its rows are lost"
+            found = ", ".join(sorted(present))
+            message = f"column {', '.join(missing)} is missing (found {found}), all its rows are lost"
             self.faults.append(Fault("missing_column", str(path), message))
             return
         first = 0
@@ -92,15 +93,16 @@ def _list_files(name: str, paths: DatasetPaths, faults: list[Fault]) -> list[Pat
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise DataError(f"data set {name}: folder data_dir {folder} holds no *.parquet file.")
-    if paths.parquet_info_path is None:
+    info = paths.parquet_info_path
+    if info is None:
         return files
     try:
-        listed = {Path(path).name for path in json.loads(Path(paths.parquet_info_path).read_text(encoding="utf-8"))}
+        listed = {Path(path).name for path in json.loads(Path(info).read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"data set {name}: parquet_info_path {paths.parquet_info_path} cannot be read: {error}.") from None
+        raise DataError(f"data set {name}: parquet_info_path {info} cannot be read: {error}.") from None
     for path in files:
         if path.name not in listed:
-            faults.append(Fault("unlisted_parquet", str(path), f"not listed in {paths.parquet_info_path}; it is read all the same"))
+            faults.append(Fault("unlisted_parquet", str(path), f"not listed in {info}; it is read all the same"))
     for missing in sorted(listed - {path.name for path in files}):
-        faults.append(Fault("missing_file", str(folder / missing), f"listed in {paths.parquet_info_path} but not there"))
+        faults.append(Fault("missing_file", str(folder / missing), f"listed in {info} but not there"))
     return files

@@ -43,7 +43,7 @@ class Tokenizer:
 
 def _load(folder: Path) -> FastTokenizer:
     if not folder.is_dir():
-        raise DataError(f"tokenizer folder {folder} does not exist; set data.tokenizer to a folder with tokenizer.json.")
+        raise DataError(f"tokenizer folder {folder} does not exist; set data.tokenizer to one with tokenizer.json.")
     file = folder / "tokenizer.json"
     try:
         if file.is_file():

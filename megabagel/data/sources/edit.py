@@ -1,4 +1,4 @@
-"""Editing parquet: `image_list` (N >= 2 encoded pictures) and `instruction_list` (N-1 lists of alternative instructions).
+"""Editing parquet: `image_list` (N >= 2 encoded pictures) and `instruction_list` (N-1 lists of alternatives).
 
 Instruction i turns picture i into picture i+1. Each visit draws a chain of one or two edits from it.
 """

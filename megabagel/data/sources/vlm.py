@@ -45,7 +45,7 @@ class VLMSource:
             turns = _expand_video(turns, len(files))
         markers = sum(value.count(IMAGE) for who, value in turns if who == "human")
         if markers != len(files):
-            raise DataFault("bad_row", f"{markers} {IMAGE} in the human turns for {len(files)} pictures; the numbers must agree")
+            raise DataFault("bad_row", f"{markers} {IMAGE} in the human turns, but {len(files)} pictures")
         items: list[Item] = []
         pictures = iter(files)
         for who, value in turns:
@@ -67,7 +67,7 @@ class VLMSource:
         if isinstance(video, str):
             path = folder / video
             if path.is_file():
-                raise DataFault("video_container", f"video {path} is a container file; give its frames as a folder of images")
+                raise DataFault("video_container", f"video {path} is a container file; give a folder of its frames")
             if not path.is_dir():
                 raise DataFault("missing_file", f"video folder {path} does not exist")
             frames = sorted(file for file in path.iterdir() if file.suffix.lower() in _FRAME_SUFFIXES)

@@ -1,0 +1,182 @@
+"""One reader per model replica: its packs go to the replica's other ranks, and so do its errors.
+
+Needs a process group with a CPU backend. Which rank encodes which picture is decided by the caller.
+"""
+
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megabagel.data.faults import DataError
+from megabagel.data.reader import Pack, Reader
+from megabagel.packing.plan import PackPlan
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaReader:
+    """The packs of a replica on each of its ranks. Every rank of the group makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        open_reader: Callable[[], Reader],
+        group: dist.ProcessGroup,
+        source_rank: int,
+        owners: list[int] | None = None,
+    ) -> None:
+        """`open_reader` is called on global rank `source_rank` only. `owners`: see `broadcast_pack`.
+
+        Raises DataError on all ranks when it fails there.
+        """
+        self._group, self._source, self._owners = group, source_rank, owners
+        self._reader: Reader | None = None
+        self._is_source = dist.get_rank() == source_rank
+
+        def start() -> dict:
+            self._reader = open_reader()
+            return self._reader.state_dict()
+
+        self._state = self._on_source(start)
+
+    def next(self) -> Pack:
+        """The next pack."""
+
+        def read() -> tuple[dict, Pack]:
+            pack = next(self._reader)
+            return self._reader.state_dict(), pack
+
+        pack = None
+        if self._is_source:
+            outcome = _attempt(read)
+            if not isinstance(outcome, _Failure):
+                self._state, pack = outcome
+                outcome = self._state
+        else:
+            outcome = None
+        self._state = _agree(outcome, self._group, self._source)
+        return broadcast_pack(pack, self._group, self._source, self._owners)
+
+    def state_dict(self) -> dict:
+        """The reader's state after the last pack, on every rank."""
+        return self._state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state`, that of this replica. Raises DataError on all ranks when the reader refuses it."""
+
+        def load() -> dict:
+            self._reader.load_state_dict(state)
+            return self._reader.state_dict()
+
+        self._state = self._on_source(load)
+
+    def close(self) -> None:
+        """End the workers; not collective."""
+        if self._reader is not None:
+            self._reader.close()
+
+    def _on_source(self, action: Callable[[], Any]) -> Any:
+        return _agree(_attempt(action) if self._is_source else None, self._group, self._source)
+
+
+def broadcast_pack(
+    pack: Pack | None, group: dist.ProcessGroup | None, src: int, owners: list[int] | None = None
+) -> Pack:
+    """Give every rank of `group` the pack of global rank `src`; the others pass None.
+
+    `owners`: global ranks that get the pixels (null: all); elsewhere but on `src` the image lists are empty.
+    """
+    if dist.get_world_size(group) == 1:
+        return pack
+    rank = dist.get_rank()
+    description = _broadcast_object(_describe(pack) if rank == src else None, group, src)
+    shapes = description["shapes"]
+    if rank == src:
+        images = [*pack.vae_images, *pack.vit_images]
+        flat = torch.cat([image.reshape(-1) for image in images]) if images else torch.empty(0, dtype=torch.uint8)
+    else:
+        flat = torch.empty(sum(np.prod(shape, dtype=int) for shape in shapes), dtype=torch.uint8)
+    if owners is None:
+        if flat.numel():
+            dist.broadcast(flat, src, group=group)
+    elif rank == src:
+        for owner in owners:
+            if owner != src and flat.numel():
+                dist.send(flat, owner, group=group)
+    elif rank in owners and flat.numel():
+        dist.recv(flat, src, group=group)
+    if rank == src:
+        return pack
+    images = []
+    if owners is None or rank in owners:
+        sizes = [int(np.prod(shape)) for shape in shapes]
+        images = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    num_vae = description["num_vae"]
+    return Pack(
+        plan=_unpack_plan(description["plan"]),
+        vae_images=images[:num_vae],
+        vit_images=images[num_vae:],
+        groups=description["groups"],
+        keys=description["keys"],
+        origins=description["origins"],
+    )
+
+
+def _describe(pack: Pack) -> dict:
+    """All of the pack but its pixels."""
+    return {
+        "num_vae": len(pack.vae_images),
+        "shapes": [tuple(image.shape) for image in [*pack.vae_images, *pack.vit_images]],
+        "groups": pack.groups,
+        "keys": pack.keys,
+        "origins": pack.origins,
+        "plan": {
+            f.name: value.numpy() if isinstance(value := getattr(pack.plan, f.name), Tensor) else value
+            for f in fields(PackPlan)
+        },
+    }
+
+
+def _unpack_plan(values: dict) -> PackPlan:
+    return PackPlan(**{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()})
+
+
+def _broadcast_object(value: Any, group: dist.ProcessGroup | None, src: int) -> Any:
+    """`value` of rank `src`, as one buffer of bytes behind its length."""
+    is_source = dist.get_rank() == src
+    data = np.frombuffer(pickle.dumps(value, protocol=5), np.uint8).copy() if is_source else np.empty(0, np.uint8)
+    length = torch.tensor([data.size])
+    dist.broadcast(length, src, group=group)
+    buffer = torch.from_numpy(data) if is_source else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(buffer, src, group=group)
+    return value if is_source else pickle.loads(buffer.numpy())
+
+
+class _Failure(str):
+    """The message of an exception on the reading rank."""
+
+
+def _attempt(action: Callable[[], Any]) -> Any:
+    """The action's result, or its failure."""
+    try:
+        return action()
+    except Exception as error:
+        if isinstance(error, DataError | ValueError):  # their messages are sentences for the user
+            return _Failure(error)
+        logger.exception("the data reader failed")
+        return _Failure(f"the data reader failed: {error!r}")
+
+
+def _agree(outcome: Any, group: dist.ProcessGroup | None, src: int) -> Any:
+    """The outcome of rank `src` on all ranks, raised as DataError if it is a failure."""
+    if dist.get_world_size(group) > 1:
+        outcome = _broadcast_object(outcome, group, src)
+    if isinstance(outcome, _Failure):
+        raise DataError(str(outcome))
+    return outcome
