@@ -1,1 +1,1 @@
-"""Turning packs into updates: encode, step, optimizer, moving average, metrics and the loop."""
+"""The training loop and its parts: schedules, the encode phase, optimizer, moving average, metrics."""

@@ -1,0 +1,1 @@
+"""Checkpoints of runs, and BAGEL folders in and out."""

@@ -1,0 +1,46 @@
+"""Builds megatron-core's distributed optimizer from our configuration. The learning rate's course is in schedule.py."""
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+
+from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
+from megabagel.training import adam
+
+
+def build_optimizer(
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    model_chunks: list[DistributedDataParallel],
+) -> MegatronOptimizer:
+    """AdamW over the trainable parameters of chunks from `wrap`, its state sharded over the data-parallel ranks.
+
+    `step()` returns (True, gradient norm before clipping, None). The norm is over all ranks and counts replicated
+    parameters once; clipping multiplies by clip_grad / (norm + 1e-6) when that is below 1, and 0 switches it off. Main
+    parameters and both moments are float32. Weight decay applies to every trainable parameter, as in official BAGEL.
+    """
+    adam.use_where_no_fused_adam_is_installed()
+    bf16 = training.params_dtype == "bf16"
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(config, model_chunks, config_overrides={})
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Use `lr` in the next `optimizer.step()`, on all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
