@@ -1,0 +1,190 @@
+"""Sources of released BAGEL tensors, read lazily: safetensors folders, a Qwen2.5 + SigLIP pair, and from scratch.
+
+A source answers with the slice that is asked for, so that no process ever holds the full model. Not for writing.
+"""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
+from megabagel.runtime import rng
+
+Shape = tuple[int, ...]
+PATCH_EMBEDDING = "vit_model.vision_model.embeddings.patch_embedding.weight"
+_CHUNK = 1 << 22  # values drawn at a time
+
+
+class CheckpointError(ValueError):
+    """A folder of weights lacks or misfits something; the message says what, where, and what was expected."""
+
+
+class SafetensorsFolder:
+    """The tensors of `{stem}.safetensors`, or of the files that `{stem}.safetensors.index.json` names.
+
+    The first of `stems` that the folder holds wins.
+    """
+
+    def __init__(self, folder: str | Path, stems: tuple[str, ...] = ("model",)):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"there is no folder {self.folder} to read weights from")
+        self._stack = ExitStack()
+        self._files: dict[str, safe_open] = {}
+        self._file_of = self._locate(stems)
+
+    def _locate(self, stems: tuple[str, ...]) -> dict[str, str]:
+        """Tensor name -> file name."""
+        for stem in stems:
+            file = f"{stem}.safetensors"
+            if (self.folder / file).is_file():
+                return dict.fromkeys(self._open(file).keys(), file)
+            index = self.folder / f"{file}.index.json"
+            if index.is_file():
+                try:
+                    return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                except (ValueError, KeyError, TypeError):
+                    raise CheckpointError(f"{index} is not an index of safetensors files; copy it again") from None
+        wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
+        raise CheckpointError(f"{self.folder} holds neither {wanted} nor an index JSON beside it")
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._files:
+            path = self.folder / file
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing, although the index of {self.folder} names it")
+            try:
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is not a whole safetensors file ({path.stat().st_size} bytes; {error}); copy it again"
+                ) from None
+        return self._files[file]
+
+    def close(self) -> None:
+        self._stack.close()
+        self._files.clear()
+
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def _slice(self, name: str):
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}, which the configured model needs")
+        try:
+            return self._open(self._file_of[name]).get_slice(name)
+        except SafetensorError:
+            raise CheckpointError(
+                f"{self.folder / self._file_of[name]} has no tensor {name}, although the index of the folder says so"
+            ) from None
+
+    def shape(self, name: str) -> Shape:
+        """Raises CheckpointError when there is no such tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+        """See `names.Source`; in the dtype of the file."""
+        found = self.shape(name)
+        if found != shape:
+            hint = ""
+            if name.endswith("embeddings.position_embedding.weight"):
+                side = round(found[0] ** 0.5)
+                hint = f"; it holds {side} x {side} patches: set model.vit.max_num_patch_per_side to {side}"
+            raise CheckpointError(
+                f"tensor {name} in {self.folder / self._file_of[name]} has shape {list(found)}, "
+                f"but the configured model expects {list(shape)}{hint}"
+            )
+        part = self._slice(name)
+        return part[start:stop] if dim == 0 else part[:, start:stop] if dim == 1 else part[:]
+
+
+class Scratch:
+    """Initial values drawn by tensor name: the same model whatever the layout.
+
+    Matrices N(0, std), biases 0, norm gains 1; gen twins equal their und tensors, `llm2vae` is 0.
+    """
+
+    def __init__(self, seed: int, std: float):
+        self.seed, self.std = seed, std
+
+    def close(self) -> None: ...
+
+    def names(self) -> set[str]:
+        return set()
+
+    def read(self, name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+        """See `names.Source`; float32, drawn in chunks of rows so that little more than the slice is in memory."""
+        rows = (start, stop) if dim == 0 else (0, shape[0])
+        local = (rows[1] - rows[0], *shape[1:])
+        if name.startswith("llm2vae.") or name.endswith(".bias"):
+            out = torch.zeros(local)
+        elif len(shape) == 1:
+            out = torch.ones(local)
+        else:
+            out = self._normal(und_twin(name), shape, *rows)
+        return out[:, start:stop] if dim == 1 else out
+
+    def _normal(self, name: str, shape: Shape, start: int, stop: int) -> Tensor:
+        width = torch.Size(shape[1:]).numel()
+        step = max(1, _CHUNK // width)
+        parts = []
+        for chunk in range(start // step, -(-stop // step)):
+            first = chunk * step
+            rows = min(step, shape[0] - first)
+            drawn = torch.from_numpy(rng.normal(self.seed, f"weights {name}", (chunk,), (rows, *shape[1:])))
+            parts.append(drawn[max(start - first, 0) : stop - first])
+        return torch.cat(parts) * self.std
+
+
+class Pretrained:
+    """A Qwen2.5 folder and/or a SigLIP folder under BAGEL names; what neither has comes from `scratch`.
+
+    Gen twins are copies of the language model's tensors. An untied head that the folder lacks (its model was tied)
+    starts as the embedding.
+    """
+
+    def __init__(self, llm: SafetensorsFolder | None, vit: SafetensorsFolder | None, scratch: Scratch):
+        self.llm, self.vit, self.scratch = llm, vit, scratch
+
+    def close(self) -> None:
+        for part in (self.llm, self.vit):
+            if part:
+                part.close()
+
+    def names(self) -> set[str]:
+        """Empty: these folders hold tensors (text tower, pooling head) that BAGEL has no use for."""
+        return set()
+
+    def read(self, name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
+        """See `names.Source`."""
+        if self.vit and name.startswith("vit_model."):
+            if name == PATCH_EMBEDDING:
+                return self._patch_embedding(shape)
+            return self.vit.read(name.removeprefix("vit_model."), shape, dim, start, stop)
+        if self.llm and name.startswith("language_model."):
+            und = und_twin(name)
+            stored = self.llm.names()
+            if und == LM_HEAD and und.removeprefix("language_model.") not in stored:
+                und = EMBEDDING
+            theirs = und.removeprefix("language_model.")
+            # Qwen2.5 has no norms on q and k: they start as identity gains
+            if theirs in stored or not theirs.endswith(("q_norm.weight", "k_norm.weight")):
+                return self.llm.read(theirs, shape, dim, start, stop)
+        return self.scratch.read(name, shape, dim, start, stop)
+
+    def _patch_embedding(self, shape: Shape) -> Tensor:
+        """SigLIP's convolution [h, 3, p, p] as a linear map [h, p*p*3]: row, column, channel."""
+        name = PATCH_EMBEDDING.removeprefix("vit_model.")
+        side = round((shape[1] // 3) ** 0.5)
+        if len(self.vit.shape(name)) == 2:
+            return self.vit.read(name, shape, None, 0, 0)
+        return self.vit.read(name, (shape[0], 3, side, side), None, 0, 0).permute(0, 2, 3, 1).reshape(shape)
+
+
+def und_twin(name: str) -> str:
+    """The understanding tensor behind a released name (itself, unless it is a gen twin)."""
+    return name.replace("_moe_gen", "")
