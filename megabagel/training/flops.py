@@ -1,0 +1,83 @@
+"""Floating-point operations that one packed sequence needs, and what devices can do at best: the two halves of MFU.
+
+Counts what the loss depends on: masked attention pairs, loss rows only in the heads, no padding. Left out: norms,
+activations, the frozen autoencoder's encoding, recomputation.
+"""
+
+import torch
+
+from megabagel.config.schema import ModelConfig
+from megabagel.packing.plan import CAUSAL, PackPlan
+
+# Dense bf16 TFLOP/s, from the vendors' data sheets; the first name that the device's contains wins.
+_PEAK_BF16 = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "L4": 121.0,
+}
+
+
+def peak_tflops(device_name: str, params_dtype: str) -> float | None:
+    """Dense peak of one device in TFLOP/s; None when the device is not in the table or the precision is not bf16."""
+    if params_dtype != "bf16":
+        return None
+    return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
+
+
+def pack_flops(plan: PackPlan, model: ModelConfig) -> float:
+    """Forward and backward FLOPs of one pack. A multiply and an add count as two.
+
+    Backward costs twice the forward: once for inputs, once for weights. Frozen parts skip what they do not need: a
+    frozen ViT and, under freeze_und, the und stream run forward only; a frozen decoder needs no weight gradients.
+    """
+    decoder = 2 if model.freeze_llm else 3
+    und_factor, gen_factor = (1 if model.freeze_und else decoder), decoder
+    und, gen = plan.und_index.numel(), plan.gen_index.numel()
+    total = _linear_per_token(model) * model.num_layers * (und_factor * und + gen_factor * gen)
+    und_pairs, gen_pairs = _attention_pairs(plan)
+    backward_attention = 1 if model.freeze_und else 3
+    total += 4 * model.hidden_size * model.num_layers * (backward_attention * und_pairs + 3 * gen_pairs)
+    total += decoder * 2 * model.hidden_size * model.vocab_size * plan.ce_rows.numel()
+    channels = model.latent_patch_size**2 * model.vae.z_channels
+    total += 3 * 2 * model.hidden_size * channels * (gen + plan.mse_rows.numel())
+    return float(total + _vision(plan, model))
+
+
+def _linear_per_token(model: ModelConfig) -> int:
+    """Forward FLOPs of a layer's projections for one token: QKV, output, gated MLP."""
+    head_dim = model.hidden_size // model.num_attention_heads
+    qkv = model.hidden_size * (model.hidden_size + 2 * model.num_query_groups * head_dim)
+    return 2 * (qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size)
+
+
+def _attention_pairs(plan: PackPlan) -> tuple[int, int]:
+    """Visible (query, key) pairs of one layer, for splits of the und stream and for those with VAE tokens."""
+    queries = plan.cu_seqlens_q.long().diff()
+    keys = plan.cu_seqlens_kv.long().diff()
+    pairs = queries * keys
+    hidden_by_causality = queries * (queries - 1) // 2
+    pairs = torch.where(plan.split_modes == CAUSAL, pairs - hidden_by_causality, pairs)
+    is_gen = torch.zeros(queries.numel(), dtype=torch.bool, device=pairs.device)
+    is_gen[torch.searchsorted(plan.cu_seqlens_q.long(), plan.gen_index, right=True) - 1] = True
+    return int(pairs[~is_gen].sum()), int(pairs[is_gen].sum())
+
+
+def _vision(plan: PackPlan, model: ModelConfig) -> float:
+    """FLOPs of the ViT and the connector."""
+    vit, tokens = model.vit, plan.vit_rows.numel()
+    layer = 2 * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.ffn_hidden_size) * tokens
+    layer += 4 * vit.hidden_size * int((plan.vit_seqlens.long() ** 2).sum())
+    tower = vit.num_layers * layer + 2 * 3 * vit.patch_size**2 * vit.hidden_size * tokens
+    connector = 2 * (vit.hidden_size * model.hidden_size + model.hidden_size**2) * tokens
+    return (1 if model.freeze_vit else 3) * tower + (1 if model.freeze_und else 3) * connector

@@ -1,0 +1,89 @@
+"""Writes what a step measured: `metrics.jsonl`, TensorBoard and the console. Used by one rank, which holds the losses.
+
+It formats and stores; it computes nothing but MFU. A loss that no token of a step carries is null, never 0.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megabagel.config.load import to_yaml
+from megabagel.config.schema import Config
+from megabagel.training.console import Console
+from megabagel.training.flops import peak_tflops
+from megabagel.training.tensorboard import TensorBoard
+
+METRICS_FILE, CONFIG_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "config.yaml", "tensorboard"
+
+
+class MetricsWriter:
+    """`write` once a step, `close` at the end. `start_step`: the step that the run resumes from, 0 for a new one."""
+
+    def __init__(self, run_dir: Path, config: Config, start_step: int, train_steps: int) -> None:
+        """Creates `run_dir`, saves the resolved config there and drops lines about steps after `start_step`."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = to_yaml(config)
+        (run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
+        drop_later_steps(run_dir / METRICS_FILE, start_step)
+        self._lines = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._tensorboard = TensorBoard(run_dir / TENSORBOARD_FOLDER, text) if config.logging.tensorboard else None
+        self._console = Console(start_step, train_steps, config.logging.progress_bar)
+        self._interval = config.logging.log_interval
+        self._global_batch_size = config.training.global_batch_size
+        self._peak = config.logging.peak_tflops
+        if self._peak is None and torch.cuda.is_available():
+            self._peak = peak_tflops(torch.cuda.get_device_name(), config.training.params_dtype)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Record step number `step` (the first is 1). `values` by the names of `training.loop`; None: not measured.
+
+        Every step becomes one line of the file; console and TensorBoard follow `logging.log_interval`.
+        """
+        record: dict[str, float | None] = {"step": step, **values, "batch_size": self._global_batch_size}
+        if self._peak is not None and (tflops := values.get("tflops_per_device")) is not None:
+            record["mfu"] = tflops / self._peak
+        record["time"] = time.time()
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        self._console.advance(step)
+        if step % self._interval == 0:
+            self._console.show(step, record)
+            if self._tensorboard:
+                self._tensorboard.write(step, record)
+
+    def close(self) -> None:
+        """Flush everything; safe to call twice."""
+        self._console.close()
+        self._lines.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def drop_later_steps(path: Path, last_step: int) -> None:
+    """Remove lines about steps after `last_step`, and a last line that a kill cut short, so each step appears once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept), encoding="utf-8")
+    replacement.replace(path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float | None]]:
+    """All complete lines of a run's metrics file in order of steps; a line still being written is left out."""
+    records = []
+    for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return sorted(records, key=lambda record: record["step"])
