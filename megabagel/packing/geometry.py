@@ -9,6 +9,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from megabagel.config.schema import ModelConfig
+
 
 @dataclass(frozen=True)
 class SpecialTokens:
@@ -38,6 +40,18 @@ class Geometry:
     def table_side(self, kind: str) -> int:
         """Side of the position table for `vit_image` or `vae_image`."""
         return self.vit_max_num_patch_per_side if kind == "vit_image" else self.max_latent_size
+
+
+def geometry_of(model: ModelConfig, special_tokens: SpecialTokens) -> Geometry:
+    """The packer's view of a model and its tokenizer."""
+    return Geometry(
+        latent_stride=model.vae.downsample * model.latent_patch_size,
+        max_latent_size=model.max_latent_size,
+        vit_patch_size=model.vit.patch_size,
+        vit_max_num_patch_per_side=model.vit.max_num_patch_per_side,
+        special_tokens=special_tokens,
+        interpolate_pos=model.interpolate_pos,
+    )
 
 
 @lru_cache(maxsize=4096)

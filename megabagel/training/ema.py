@@ -48,14 +48,8 @@ class ShardedEma:
             finally:
                 self._swap()
 
-    def shard_of(self, parameter: Tensor) -> tuple[Tensor, int, int] | None:
-        """This rank's shard [end - start] of the average of a model parameter, with its range in the flat parameter.
-
-        None where this rank's shard holds nothing of it, or where it is not trained.
-        """
-        return self._by_parameter().get(parameter)
-
-    def _by_parameter(self) -> dict[Tensor, tuple[Tensor, int, int]]:
+    def by_parameter(self) -> dict[Tensor, tuple[Tensor, int, int]]:
+        """Model parameter -> (this rank's shard [end - start] of its average, start, end in the flat parameter)."""
         shards = {id(main): shard for main, shard in zip(self._main_shards(), self.shards, strict=True)}
         table = {}
         for optimizer in self.optimizers:

@@ -3,13 +3,13 @@
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import load_dataset_groups
 from megabagel.config.paths import autoencoder_path, tokenizer_path
-from megabagel.config.schema import Config, ModelConfig
+from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
 from megabagel.models.build import DTYPES, build_stage
-from megabagel.packing.geometry import Geometry, SpecialTokens
+from megabagel.packing.geometry import geometry_of
 from megabagel.packing.planner import fixed_length
 from megabagel.runtime.distributed import Layout
 from megabagel.training.ema import ShardedEma
@@ -21,25 +21,13 @@ from megabagel.training.wrap import wrap
 ROWS_PER_TILE = 16  # keeps FP8 GEMM shapes legal on every rank that shares a stream's rows
 
 
-def geometry(model: ModelConfig, special_tokens: SpecialTokens) -> Geometry:
-    """What the packer must know of the model."""
-    return Geometry(
-        latent_stride=model.vae.downsample * model.latent_patch_size,
-        max_latent_size=model.max_latent_size,
-        vit_patch_size=model.vit.patch_size,
-        vit_max_num_patch_per_side=model.vit.max_num_patch_per_side,
-        special_tokens=special_tokens,
-        interpolate_pos=model.interpolate_pos,
-    )
-
-
 def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> Reader:
     tokenizer = Tokenizer(tokenizer_path(config))
     return Reader(
         config.data,
         load_dataset_groups(config.data.dataset_config_file),
         tokenizer,
-        geometry(config.model, tokenizer.special),
+        geometry_of(config.model, tokenizer.special),
         tile=tile,
         total_length=total_length,
         data_parallel_rank=layout.dp_rank,
@@ -53,7 +41,7 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     source = open_source(config)
     load_weights(stage, source)
     source.close()
-    stages = wrap([stage], config.parallel, config.training.params_dtype)
+    stages = wrap([stage], config.parallel)
     optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
     ema = ShardedEma(optimizer) if config.optimizer.ema_decay is not None else None
     autoencoder = None
@@ -63,7 +51,9 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     rows = fixed_length(config.data.max_num_tokens, tile)
     # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
     total_length = rows if layout.pp_size > 1 else None
-    reader = ReplicaReader(lambda: _open_reader(config, layout, tile, total_length), layout)
+    reader = ReplicaReader(
+        lambda: _open_reader(config, layout, tile, total_length), layout.replica_group, layout.source_rank
+    )
     encoder = Encoder(config, layout, autoencoder)
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows)
     if config.checkpoint.auto_resume:

@@ -1,0 +1,17 @@
+"""Program: exits non-zero unless two checkpoints hold bit-equal tensors (parameters, optimizer, EMA)."""
+
+import sys
+
+import torch
+from megatron.core.dist_checkpointing import load_plain_tensors
+
+from megabagel.config.schema import ParallelConfig
+from megabagel.runtime import distributed
+
+if __name__ == "__main__":
+    distributed.initialize(ParallelConfig(), 0)
+    first, second = (load_plain_tensors(folder) for folder in sys.argv[1:3])
+    assert first.keys() == second.keys() and len(first) > 100
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
+    distributed.destroy()

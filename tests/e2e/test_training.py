@@ -1,0 +1,93 @@
+"""The entry point as a user runs it: layouts agree, packs may lack a modality, a killed run resumes bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, launch_ok
+from tests.tiny_data import training_options, write_data
+
+LAYOUTS = {1: [], 2: ["--parallel.tensor_model_parallel_size=2"], 4: ["--parallel.pipeline_model_parallel_size=2"]}
+LAYOUTS[4] = LAYOUTS[4] + LAYOUTS[2]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(run_dir: Path) -> list[tuple]:
+    """What must be equal between runs that compute the same."""
+    return [(m["step"], m["ce"], m["mse"], m["lr"], m["grad_norm"], m["tokens"]) for m in metrics(run_dir)]
+
+
+def train(data_file: Path, run_dir: Path, *extra: str, processes: int = 1, steps: int = 3) -> list[dict]:
+    options = [*training_options(data_file, run_dir, steps), *LAYOUTS[processes], *extra]
+    launch_ok("megabagel.train", *options, processes=processes, timeout=180)
+    return metrics(run_dir)
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("variant", ["mot", "moe", "dense"])
+def test_layer_variants_train_from_scratch_alike_on_any_layout(variant, data_file, tmp_path):
+    scratch = [f"--model.layer_variant={variant}", "--checkpoint.init_from=null", "--model.folder=null"]
+    golden = ROOT / "tests/golden/public-basic/ckpt"
+    shape = ["--config=tiny", f"--checkpoint.init_vae={golden}", f"--data.tokenizer={golden}"]
+    runs = []
+    for processes in (1, 4):
+        options = training_options(data_file, tmp_path / str(processes))
+        launch_ok(
+            "megabagel.train", *shape, *options, *scratch, *LAYOUTS[processes], processes=processes, timeout=180
+        )
+        runs.append(metrics(tmp_path / str(processes)))
+    for alone, together in zip(*runs, strict=True):
+        for key in ("ce", "mse", "grad_norm"):
+            assert together[key] == pytest.approx(alone[key], rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("group", "absent"), [("t2i_pretrain", "ce"), ("text", "mse"), ("vlm_sft", "mse")], ids=["no-text-loss", "text-only", "no-vae"]
+)
+def test_packs_that_lack_a_modality_train_on_tensor_and_pipeline_ranks(group, absent, tmp_path):
+    lines = train(write_data(tmp_path / "data", (group,)), tmp_path / "run", processes=4)
+    present = "ce" if absent == "mse" else "mse"
+    assert [line[absent] for line in lines] == [None] * 3
+    assert lines[-1][present] < lines[0][present] * 1.5
+    assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_a_killed_run_resumes_bit_for_bit(data_file, tmp_path):
+    extra = ["--data.num_workers=2", "--checkpoint.save_interval=2"]
+    train(data_file, tmp_path / "whole", *extra, processes=2, steps=9)
+
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megabagel.train"]
+    command += [*training_options(data_file, run_dir, 9), *LAYOUTS[2], *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    victim = subprocess.Popen(
+        command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    kill_after = random.randint(3, 7)
+    log = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= kill_after):
+        assert victim.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+
+    train(data_file, run_dir, *extra, processes=2, steps=9)
+    assert numbers(run_dir) == numbers(tmp_path / "whole")
+    states = [folder / "iter_0000009" for folder in (run_dir, tmp_path / "whole")]
+    launch_ok(ROOT / "tests/e2e/compare_checkpoints.py", *states, processes=1)
