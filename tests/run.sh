@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests; makes or reuses .venv by itself. Arguments go to pytest: bash tests/run.sh -k packing
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/lib/environment.sh"
+prepare_environment dev
+cd "$REPOSITORY"
+export OMP_NUM_THREADS=1 # the tests start several processes on few cores
+exec "$PYTHON" -m pytest "$@"
