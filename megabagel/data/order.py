@@ -46,6 +46,7 @@ class GroupOrder:
 
     def __init__(self, block_sizes: list[int], seed: int, group_index: int, window: int | None = None) -> None:
         """`window` null: one window over everything, a full shuffle."""
+        self._arguments = (list(block_sizes), seed, group_index, window)
         self._sizes = np.asarray(block_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._seed, self._group = seed, group_index
@@ -53,6 +54,9 @@ class GroupOrder:
         self.num_rows = int(self._sizes.sum())
         self._layout = lru_cache(maxsize=4)(self._make_layout)
         self._keys = lru_cache(maxsize=64)(lambda visit, w: round_keys(seed, "row_order", (group_index, visit, w)))
+
+    def __reduce__(self):
+        return GroupOrder, self._arguments  # the caches stay here
 
     def row(self, position: int) -> tuple[int, int]:
         """Pass number and row at `position`."""

@@ -44,9 +44,9 @@ class PackLimits:
 class BinPacker(Generic[E]):
     """Builds packs one after the other. Between two entries all its state is in the four public fields.
 
-    Each pack starts with one sample of every mandatory group, then takes groups as `choose_group(draw number)` says. A
-    sample that would overflow the pack waits in the buffer; below `prefer_buffer_before` tokens the first waiting sample
-    that fits goes before a new draw. An overflow beyond `max_buffer_size` closes the pack.
+    Each pack starts with one sample of every mandatory group, then takes groups as `choose_group(draw number)` says.
+    A sample that would overflow the pack waits in the buffer; below `prefer_buffer_before` tokens the first waiting
+    sample that fits goes before a new draw. An overflow beyond `max_buffer_size` closes the pack.
     """
 
     def __init__(
