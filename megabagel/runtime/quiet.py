@@ -1,0 +1,19 @@
+"""Silences warnings of libraries about themselves that a user of this trainer can do nothing about.
+
+Each row is one message; everything else is still shown.
+"""
+
+import warnings
+
+_MESSAGES = (
+    "full scope is deprecated",  # megatron-core about its own default of cuda_graph_scope
+    "The .grad attribute of a Tensor that is not a leaf",  # its zero_grad looks at the optimizer's shards
+    "(Apex|Transformer Engine and Apex|Apex or TE) (is|are) not installed",  # the log says which kernels are used
+    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # its calls, renamed in new torch
+)
+
+
+def install() -> None:
+    """Add the filters; must run before megatron-core is imported."""
+    for message in _MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
