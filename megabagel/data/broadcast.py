@@ -167,7 +167,7 @@ def _attempt(action: Callable[[], Any]) -> Any:
     try:
         return action()
     except Exception as error:
-        if isinstance(error, DataError | ValueError):  # their messages are sentences for the user
+        if isinstance(error, DataError):  # its message is a sentence for the user
             return _Failure(error)
         logger.exception("the data reader failed")
         return _Failure(f"the data reader failed: {error!r}")

@@ -13,7 +13,7 @@ WARN_FRACTION = 0.01  # of a group's rows
 MIN_ROWS_TO_WARN = 100
 
 
-class DataError(RuntimeError):
+class DataError(ValueError):
     """The data as a whole cannot be used; the message says what to do."""
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megabagel.config.datasets import GroupConfig, load_dataset_groups
-from megabagel.config.schema import Config, DataConfig
+from megabagel.config.datasets import GroupConfig
+from megabagel.config.schema import DataConfig
 from megabagel.data.faults import DataError, Fault, FaultLog
 from megabagel.data.loader import SampleLoader, SampleMaker
 from megabagel.data.mixture import Mixture
@@ -208,46 +208,6 @@ class Reader:
             "buffer": [[entry.group_index, entry.position] for entry in packer.buffer],
             "faults": self._faults.state_dict(),
         }
-
-
-def open_reader(
-    config: Config,
-    tokenizer_folder: str,
-    *,
-    tile: int,
-    total_length: int | None = None,
-    data_parallel_rank: int = 0,
-    data_parallel_size: int = 1,
-) -> Reader:
-    """The reader that `config` describes, with the tokenizer in `tokenizer_folder`.
-
-    Raises DataError, also for a tokenizer that is larger than the model's vocabulary.
-    """
-    model = config.model
-    tokenizer = Tokenizer(tokenizer_folder)
-    if len(tokenizer) > model.vocab_size:
-        raise DataError(
-            f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens, but model.vocab_size is "
-            f"{model.vocab_size}; set it to at least {len(tokenizer)}."
-        )
-    geometry = Geometry(
-        latent_stride=model.vae.downsample * model.latent_patch_size,
-        max_latent_size=model.max_latent_size,
-        vit_patch_size=model.vit.patch_size,
-        vit_max_num_patch_per_side=model.vit.max_num_patch_per_side,
-        special_tokens=tokenizer.special,
-        interpolate_pos=model.interpolate_pos,
-    )
-    return Reader(
-        config.data,
-        load_dataset_groups(config.data.dataset_config_file),
-        tokenizer,
-        geometry,
-        tile=tile,
-        total_length=total_length,
-        data_parallel_rank=data_parallel_rank,
-        data_parallel_size=data_parallel_size,
-    )
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megabagel.packing.geometry import Geometry, SpecialTokens, grid_position_ids
+from megabagel.config.schema import ModelConfig
+from megabagel.packing.geometry import Geometry, SpecialTokens, geometry_of, grid_position_ids
 from megabagel.packing.plan import CAUSAL, NOISE, PackPlan
 from megabagel.packing.planner import build_plan, fixed_length
 from megabagel.packing.sample import Item, Sample
@@ -251,3 +252,13 @@ def test_images_that_do_not_fit_are_refused_in_one_sentence():
         build_plan([planned], GEOMETRY, 16, 32)
     with pytest.raises(ValueError, match="no item is left"):
         plan_sample(make_sample([("text", 3, False)]), GEOMETRY, [True])
+
+
+def test_geometry_follows_the_model_configuration():
+    model = ModelConfig(vocab_size=505)
+    geometry = geometry_of(model, SPECIAL)
+    assert (geometry.latent_stride, geometry.vit_patch_size) == (16, 14)
+    assert (geometry.max_latent_size, geometry.vit_max_num_patch_per_side) == (64, 70)
+    model.vocab_size = 504
+    with pytest.raises(ValueError, match=r"ids up to 504, but model.vocab_size is 504; set it to at least 505"):
+        geometry_of(model, SPECIAL)

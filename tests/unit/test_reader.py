@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -169,8 +170,9 @@ def test_foreign_states_are_refused(groups, reference):
 
 
 def test_fault_counts_belong_to_the_packs_handed_out(groups, reference):
-    final = reference[1][-1]["faults"]
-    assert final["num_bad"]["vlm_sft"]["broken_json"] == (reference[1][-1]["counts"][2] + 4) // 8 or final
+    final = reference[1][-1]
+    passes = final["counts"][2] / 8  # one broken line in each pass of 8
+    assert int(passes) <= final["faults"]["num_bad"]["vlm_sft"]["broken_json"] <= passes + 1
     with make_reader(groups, num_workers=1) as reader:
         reader.load_state_dict(reference[1][20])
         assert reader.fault_counts() == reference[1][20]["faults"]["num_bad"]
@@ -197,7 +199,7 @@ def test_workers_do_not_outlive_a_killed_trainer(tmp_path):
     program.write_text(KILLED)
     process = subprocess.run(
         [sys.executable, program, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         timeout=60,
     )
