@@ -8,6 +8,7 @@
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 TORCH_REQUIREMENT="torch==2.13.0"
 DISK_GB=6
+export PATH # an empty environment leaves it to bash alone, and Python could not find itself
 
 say() { printf '\n==> %s\n' "$*"; }
 fail() { printf '\nerror: %s\n' "$*" >&2; exit 1; }
@@ -35,7 +36,7 @@ PY
 
 # Sets PYTHON: the active environment's, or that of .venv, which is made when it is not there.
 choose_python() {
-    local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" base candidate
+    local active="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" base="" recent="" candidate
     if [[ -n "$active" && -x "$active/bin/python" ]]; then
         PYTHON="$active/bin/python"
         is_recent_python "$PYTHON" || fail "the active environment $active has $("$PYTHON" --version 2>&1), but megabagel needs Python 3.10 or newer: deactivate it or make one with a newer Python."
@@ -43,16 +44,18 @@ choose_python() {
     fi
     PYTHON="$REPOSITORY/.venv/bin/python"
     if [[ -x "$PYTHON" ]] && is_recent_python "$PYTHON"; then return; fi
-    base=""
     for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-        if command -v "$candidate" >/dev/null && is_recent_python "$candidate"; then base="$candidate"; break; fi
+        if ! is_recent_python "$candidate"; then continue; fi
+        recent="$candidate"
+        if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then base="$candidate"; break; fi
     done
-    [[ -n "$base" ]] || fail "no Python 3.10 or newer was found on PATH: install one (Debian and Ubuntu: 'apt-get install python3 python3-venv') and run this again."
+    [[ -n "$recent" ]] || fail "no Python 3.10 or newer was found on PATH: install one (Debian and Ubuntu: 'apt-get install python3 python3-venv') and run this again."
+    [[ -n "$base" ]] || fail "$recent cannot make virtual environments: install its venv module (Debian and Ubuntu: 'apt-get install python3-venv') and run this again."
     say "Making a virtual environment in $REPOSITORY/.venv with $("$base" --version)"
     local options=()
     # In a container whose Python already has torch, the environment sees that torch.
     if has_torch "$base"; then options+=(--system-site-packages); fi
-    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$REPOSITORY/.venv" || fail "$base cannot make virtual environments: install the venv module (Debian and Ubuntu: 'apt-get install python3-venv') and run this again."
+    "$base" -m venv --clear ${options[@]+"${options[@]}"} "$REPOSITORY/.venv" || fail "$base could not make $REPOSITORY/.venv (its message is above): remove that folder and run this again."
 }
 
 check_machine() {
