@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import importlib.machinery
+import logging
 import sys
 import types
 import warnings
@@ -235,6 +236,10 @@ def install() -> None:
         return
     # megatron-core says so at every import of every process; on a CPU there is nothing that the user could do about it
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+    # "CPU RNG state changed within GPU RNG context": here both are one generator, so it always does
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: not record.getMessage().startswith("CPU RNG state changed")
+    )
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
     sys.meta_path.insert(0, _AdaptOnImport())
     for module in _loaded():

@@ -1,5 +1,7 @@
 """Builds megatron-core's distributed optimizer from our configuration. The learning rate's course is in schedule.py."""
 
+import warnings
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -21,6 +23,10 @@ def build_optimizer(
     parameters once; clipping multiplies by clip_grad / (norm + 1e-6) when that is below 1, and 0 switches it off. Main
     parameters and both moments are float32. Weight decay applies to every trainable parameter, as in official BAGEL.
     """
+    # megatron-core looks for gradients on its float32 shards, which are views, in every zero_grad; that is harmless
+    warnings.filterwarnings(
+        "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
+    )
     adam.use_where_no_fused_adam_is_installed()
     bf16 = training.params_dtype == "bf16"
     config = MegatronOptimizerConfig(
