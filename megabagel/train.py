@@ -7,8 +7,8 @@ from megabagel.runtime import distributed, failure
 
 def main(argv: list[str] | None = None) -> None:
     """Everything that can be wrong with the configuration is found before any rank allocates memory."""
-    config = load_config(argv)
     with failure.guard(ConfigError, ValueError, OSError):
+        config = load_config(argv)
         check_config(config, distributed.world_size())
         layout = distributed.initialize(config.parallel, config.training.seed)
         if layout.rank == 0:

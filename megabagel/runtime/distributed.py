@@ -106,6 +106,11 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     )
 
 
+def world_size() -> int:
+    """Processes of this run as its launcher (torchrun) counts them, known before they meet; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def destroy() -> None:
     """Leave all process groups; safe when none were started."""
     if dist.is_initialized():
