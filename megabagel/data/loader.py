@@ -5,6 +5,7 @@ Every random choice is keyed by the sample, so where and when a sample is loaded
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -86,7 +87,7 @@ class SampleLoader:
         if num_workers:
             # Not fork: the trainer has threads and perhaps a GPU. The fork server imports once for all workers.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["megabagel.data.loader"])
+            context.set_forkserver_preload([__name__, *_main_module()])
             self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (maker,))
 
     def next(self, group_index: int) -> tuple[int, PlannedSample | Fault]:
@@ -127,6 +128,12 @@ class SampleLoader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _main_module() -> list[str]:
+    """Name of the program's module if it was started with -m: each worker imports it, so the fork server should first."""
+    spec = sys.modules["__main__"].__spec__
+    return [] if spec is None or spec.name.endswith("__main__") else [spec.name]
 
 
 def _worker_died() -> DataError:

@@ -43,7 +43,13 @@ class Geometry:
 
 
 def geometry_of(model: ModelConfig, special_tokens: SpecialTokens) -> Geometry:
-    """The packer's view of a model and its tokenizer."""
+    """The packer's view of a model and its tokenizer. Raises ValueError when they do not belong together."""
+    largest = max(vars(special_tokens).values())
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"the tokenizer's frame tokens have ids up to {largest}, but model.vocab_size is {model.vocab_size}; "
+            f"set it to at least {largest + 1} or use the tokenizer that belongs to the model"
+        )
     return Geometry(
         latent_stride=model.vae.downsample * model.latent_patch_size,
         max_latent_size=model.max_latent_size,

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megabagel.config.datasets import FrameSamplerArgs
+from megabagel.config.datasets import FrameSamplerArgs, load_dataset_groups
 from megabagel.data.sources import open_source
 from megabagel.data.text import Tokenizer
 from tests.unit.data_fixtures import (
@@ -179,3 +180,11 @@ def test_several_data_sets_make_one_group(tmp_path, tokenizer):
     assert source.blocks == [12, 2]
     assert source.origin(13) == f"{other} line 3"
     assert shapes(source.sample(13, (0, 13, 0))) == [("text", True, False)]
+
+
+def test_the_documented_data_file_is_valid(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (tmp_path / "data.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    groups = load_dataset_groups(str(tmp_path / "data.yaml"))
+    assert list(groups) == ["t2i_pretrain", "unified_edit", "vlm_sft"]
+    assert groups["vlm_sft"].datasets["chats"].data_dir == str(tmp_path / "vlm" / "images")
