@@ -10,20 +10,28 @@ from megabagel.config.checks_files import file_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config
 
-__all__ = ["ConfigError", "check_config"]
+__all__ = ["ConfigError", "check_config", "check_model"]
 
 _CONNECTOR_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "relu", "silu")
 
 
 def check_config(config: Config, world_size: int) -> None:
     """Raise ConfigError with the first fault of `config` on `world_size` processes; return when there is none."""
-    for faults in (_ranges, _model, _freezing, _parallel, _budgets, _optimizer):
+    check_model(config)
+    for faults in (_budgets, _optimizer):
         for fault in faults(config):
             raise ConfigError(fault)
     for fault in _world(config, world_size):
         raise ConfigError(fault)
     for fault in file_faults(config):
         raise ConfigError(fault)
+
+
+def check_model(config: Config) -> None:
+    """The rules about the model and its layout alone, for programs that train on no data. Raises ConfigError."""
+    for faults in (_ranges, _model, _freezing, _parallel):
+        for fault in faults(config):
+            raise ConfigError(fault)
 
 
 def _ranges(config: Config) -> Iterator[str]:

@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megabagel.config.checks import check_model
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megabagel.models.autoencoder import patchify
 
 _VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
 # fields that the official code takes from its command line: meta.json has the last word
@@ -92,10 +94,10 @@ def model_config(case: Case) -> ModelConfig:
     return dataclasses.replace(model, **changes, vit=dataclasses.replace(model.vit, **vit))
 
 
-def run_config(case: Case, parallel: ParallelConfig) -> Config:
-    """float32 training with the recipe of the case's trajectory."""
+def run_config(case: Case, parallel: ParallelConfig, data_parallel_size: int) -> Config:
+    """float32 training with the recipe of the case's trajectory. Raises ConfigError when the layout does not fit."""
     recipe = case.meta["trajectory"]["recipe"]
-    return Config(
+    config = Config(
         model=model_config(case),
         parallel=parallel,
         optimizer=OptimizerConfig(
@@ -108,17 +110,18 @@ def run_config(case: Case, parallel: ParallelConfig) -> Config:
             clip_grad=recipe["max_grad_norm"],
             ema_decay=recipe["ema_decay"],
         ),
-        training=TrainingConfig(params_dtype="fp32"),
+        training=TrainingConfig(params_dtype="fp32", global_batch_size=data_parallel_size),
         checkpoint=CheckpointConfig(init_from=str(case.checkpoint)),
     )
+    check_model(config)
+    return config
 
 
-def latent_tokens(case: Case, patch: int) -> Tensor:
-    """`vae.latent` without its padding as tokens: float32 [Nl, d]."""
-    from megabagel.models.autoencoder import patchify
-
+def latent_tokens(case: Case, model: ModelConfig) -> Tensor:
+    """`vae.latent` without its padding, as tokens: float32 [Nl, d]."""
+    patch = model.latent_patch_size
     grids = case.meta["patchified_vae_latent_shapes"]
     if not grids:
-        return torch.empty(0, 0)
+        return torch.empty(0, patch**2 * model.vae.z_channels)
     latents = case.expected["vae.latent"]
     return torch.cat([patchify(x[:, : h * patch, : w * patch], patch) for x, (h, w) in zip(latents, grids, strict=True)])

@@ -1,0 +1,50 @@
+"""What every process of check_parity.py does, from joining the others to the line that rank 0 leaves behind."""
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from megabagel.checkpoint.sources import CheckpointError
+from megabagel.config.errors import ConfigError
+from megabagel.config.schema import ParallelConfig
+from megabagel.runtime import failure
+from megabagel.runtime.distributed import destroy, initialize
+from parity.autoencoder import check_autoencoder
+from parity.case import CaseError, load_case, run_config
+from parity.compare import Report
+from parity.judge import FORWARD, judge
+from parity.train import Runner
+
+
+def run(options: argparse.Namespace, result: Path) -> None:
+    """Check the case on this rank; rank 0 writes `True` or `False` and the JSON line to `result`."""
+    warnings.filterwarnings("ignore", module="megatron")
+    torch.set_num_threads(1)
+    with failure.guard(CaseError, CheckpointError, ConfigError, ValueError):
+        _check(options, result)
+
+
+def _check(options: argparse.Namespace, result: Path) -> None:
+    case = load_case(options.case_dir)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        sequence_parallel=options.sequence_parallel,
+    )
+    config = run_config(case, parallel, options.data_parallel_size)
+    layout = initialize(parallel, seed=0)
+    results = Runner(case, config, layout).run()
+    if results is not None:
+        report = Report()
+        check_autoencoder(case, report, FORWARD)
+        judge(case, results, report)
+        line = {"case": case.folder.name, "pass": report.passed, "layout": _sizes(options), "groups": report.as_json()}
+        result.write_text(f"{report.passed} {json.dumps(line)}")
+    destroy()
+
+
+def _sizes(options: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(options).items() if name != "case_dir"}
