@@ -131,7 +131,7 @@ class SampleLoader:
 
 
 def _main_module() -> list[str]:
-    """Name of the program's module if it was started with -m: each worker imports it, so the fork server should first."""
+    """The program, if it was started with -m: workers import it, so the fork server should do that once for all."""
     spec = sys.modules["__main__"].__spec__
     return [] if spec is None or spec.name.endswith("__main__") else [spec.name]
 
