@@ -79,7 +79,7 @@ def save(
         model_state = _model_state(model_chunks)
         state = {
             "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, metadata=_METADATA),
+            "optimizer": _optimizer_state(optimizer, model_state),
             "rng": _rng_entry(_rng_state()),
             "run": {
                 "step": step,
@@ -201,6 +201,15 @@ def _model_state(model_chunks: Sequence[DistributedDataParallel]) -> ShardedStat
     return {
         f"model{i}": chunk.module.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(model_chunks)
     }
+
+
+def _optimizer_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> ShardedStateDict:
+    """The optimizer's state for saving; ranks that hold none of the tensors say nothing of them."""
+    state = optimizer.sharded_state_dict(model_state, metadata=_METADATA)
+    for part in [state] if "param_state" in state else state.values():  # of one optimizer, or of several by number
+        if part["param_state"] is None:
+            del part["param_state"]
+    return state
 
 
 def _keep_settings(optimizer: MegatronOptimizer, settings: list[dict]) -> None:

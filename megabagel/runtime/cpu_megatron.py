@@ -10,7 +10,6 @@ import importlib.machinery
 import logging
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
@@ -234,8 +233,6 @@ def install() -> None:
     """
     if torch.cuda.is_available() or any(isinstance(finder, _AdaptOnImport) for finder in sys.meta_path):
         return
-    # megatron-core says so at every import of every process; on a CPU there is nothing that the user could do about it
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
     # "CPU RNG state changed within GPU RNG context": here both are one generator, so it always does
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: not record.getMessage().startswith("CPU RNG state changed")

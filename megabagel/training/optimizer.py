@@ -1,7 +1,5 @@
 """Builds megatron-core's distributed optimizer from our configuration. The learning rate's course is in schedule.py."""
 
-import warnings
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
@@ -22,13 +20,16 @@ def build_optimizer(
     `step()` returns (True, gradient norm before clipping, None). The norm is over all ranks and counts replicated
     parameters once; clipping multiplies by clip_grad / (norm + 1e-6) when that is below 1, and 0 switches it off. Main
     parameters and both moments are float32. Weight decay applies to every trainable parameter, as in official BAGEL.
+    Raises ValueError when a trainable parameter is not of `training.params_dtype`: megatron-core would mix up the
+    state of parameters of two types.
     """
-    # megatron-core looks for gradients on its float32 shards, which are views, in every zero_grad; that is harmless
-    warnings.filterwarnings(
-        "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
-    )
     adam.use_where_no_fused_adam_is_installed()
     bf16 = training.params_dtype == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    for chunk in model_chunks:
+        for name, parameter in chunk.module.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                raise ValueError(f"parameter {name} is {parameter.dtype}; all that train must be {dtype}")
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -39,7 +40,7 @@ def build_optimizer(
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
         bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=parallel.overlap_param_gather,
     )
