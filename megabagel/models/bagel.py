@@ -5,6 +5,7 @@ Holds no data logic, no losses' normalisation and no optimizer; every stage rece
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
@@ -34,6 +35,7 @@ class Bagel(MegatronModule):
         super().__init__(config)
         self.model_config = model
         self.pre_process, self.post_process = pre_process, post_process
+        self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         self.share_embeddings_and_output_weights = model.tie_word_embeddings  # read by finalize_model_grads
         if pre_process:
             self.embeddings = InputEmbeddings(config, model, groups.tp)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -28,11 +29,11 @@ class StreamInputs:
     noise: Tensor  # [G, d] float32
 
 
-class UndEmbeddings(nn.Module):
+class UndEmbeddings(MegatronModule):
     """Text tokens and ViT features -> und stream rows."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup):
-        super().__init__()
+        super().__init__(config)
         hidden, dtype = model.hidden_size, config.params_dtype
         self.word_embeddings = VocabParallelEmbedding(
             model.vocab_size, hidden, init_method=config.init_method, config=config, tp_group=tp_group
@@ -83,12 +84,12 @@ class GenEmbeddings(nn.Module):
         return rows + self.latent_pos_embed[pad(plan.latent_position_ids, (0, spare))].to(rows.dtype)
 
 
-class InputEmbeddings(nn.Module):
+class InputEmbeddings(MegatronModule):
     """Both streams, concatenated (und first) and sharded by rows under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, tp_group: torch.distributed.ProcessGroup):
-        super().__init__()
-        self.config, self.hidden_size, self.freeze_und = config, model.hidden_size, model.freeze_und
+        super().__init__(config)
+        self.hidden_size, self.freeze_und = model.hidden_size, model.freeze_und
         self.tp_group = tp_group
         self.und = UndEmbeddings(config, model, tp_group)
         self.gen = GenEmbeddings(model, config.params_dtype) if model.visual_gen else None

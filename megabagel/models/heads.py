@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -29,7 +30,7 @@ class RowLosses(NamedTuple):
     mse: Tensor  # [Nm + 1] float32, mean over latent channels; zeros without visual_gen
 
 
-class OutputHeads(nn.Module):
+class OutputHeads(MegatronModule):
     """Final hidden rows -> per-row losses. `shared_norm`: gen uses und's final norm (dense variant)."""
 
     def __init__(
@@ -40,8 +41,8 @@ class OutputHeads(nn.Module):
         shared_norm: bool,
         own_lm_head: bool,
     ):
-        super().__init__()
-        self.config, self.tp_group, self.freeze_und = config, tp_group, model.freeze_und
+        super().__init__(config)
+        self.tp_group, self.freeze_und = tp_group, model.freeze_und
         dtype = config.params_dtype
         self.und_norm = RMSNorm(model.hidden_size, model.layernorm_epsilon, dtype)
         self.gen_norm = None if shared_norm else RMSNorm(model.hidden_size, model.layernorm_epsilon, dtype)
