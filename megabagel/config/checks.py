@@ -130,11 +130,6 @@ def _freezing(config: Config) -> Iterator[str]:
             "model.freeze_llm with visual_und and visual_gen both false leaves nothing to train; set one of them to "
             "true or freeze_llm to false."
         )
-    if model.freeze_llm and model.freeze_und and model.layer_variant == "mot":
-        yield (
-            "model.freeze_llm and model.freeze_und are both true; freeze_llm already freezes the whole decoder, so "
-            "keep one of them."
-        )
     if config.training.ce_weight == 0 and config.training.mse_weight == 0:
         yield "training.ce_weight and training.mse_weight are both 0, so nothing would be learnt; raise one of them."
     if config.training.ce_weight == 0 and not model.visual_gen:

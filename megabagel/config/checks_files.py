@@ -84,7 +84,7 @@ def _shapes(folder: Path, file: str) -> dict[str, list[int]] | None:
         return None
     try:
         parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{index} is not a readable weight index; fetch it again.") from None
     shapes: dict[str, list[int]] = {}
     for part in parts:

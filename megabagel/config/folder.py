@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megabagel.config.autoencoder import AutoencoderConfig
-from megabagel.config.errors import ConfigError
+from megabagel.config.errors import ConfigError, unknown_key
 from megabagel.config.schema import ModelConfig
 
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
@@ -75,7 +75,7 @@ def read_autoencoder_config(folder: Path) -> AutoencoderConfig | None:
     allowed = [f.name for f in dataclasses.fields(AutoencoderConfig)]
     for key in params:
         if key not in allowed:
-            raise ConfigError(f"{path}: unknown key `{key}`; allowed are {', '.join(allowed)}.")
+            raise unknown_key(str(path), key, allowed)
     if "ch_mult" in params:
         params["ch_mult"] = tuple(params["ch_mult"])
     return AutoencoderConfig(**params)

@@ -6,6 +6,7 @@ legal is decided in `checks.py`.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
     """Types and defaults beside every setting, and the example's line breaks kept."""
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m megabagel.train",
