@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megabagel.checkpoint import ema as ema_state
 from megabagel.checkpoint import folder
-from megabagel.runtime.overlap import whole_parameters
+from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +177,8 @@ def _load(
             chunk.module.load_state_dict(loaded["model"][f"model{index}"])
         optimizer.load_state_dict(loaded["optimizer"])
         _keep_settings(optimizer, settings)
+        # parameters saved in bfloat16 are coarser than the main parameters that a float32 run goes on with
+        publish_main_parameters(optimizer)
         if loads_ema:
             ema_state.put(ema, loaded["ema"])
         elif ema is not None:

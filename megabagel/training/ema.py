@@ -7,19 +7,18 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megabagel.runtime.overlap import whole_parameters
+from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 
 class ShardedEma:
     """The average of all weights that an optimizer of `build_optimizer` trains; starts as a copy of them."""
 
     def __init__(self, optimizer: MegatronOptimizer):
-        self.model_chunks: list[DistributedDataParallel] = optimizer.model_chunks
+        self.optimizer = optimizer
         self.optimizers: list[DistributedOptimizer] = [
             part for part in optimizer.chained_optimizers if not part.is_stub_optimizer
         ]
@@ -41,7 +40,7 @@ class ShardedEma:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model's parameters are the average, in their own dtype and whole on every rank; do not train."""
-        with whole_parameters(self.model_chunks):
+        with whole_parameters(self.optimizer.model_chunks):
             self._swap()
             try:
                 yield
@@ -69,7 +68,4 @@ class ShardedEma:
             weights = main.clone()
             main.copy_(shard)
             shard.copy_(weights)
-        for optimizer in self.optimizers:
-            optimizer._copy_main_params_to_model_params()
-        for chunk in self.model_chunks:
-            chunk.start_param_sync(force_sync=True)
+        publish_main_parameters(self.optimizer)
