@@ -32,6 +32,9 @@ gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
 if [[ "$gpus" -eq 0 ]]; then
     # Several processes share few cores; without this each of them starts a thread per core and all become slower.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+else
+    # One queue of kernels: communication then starts in the order in which tensor parallelism issued it.
+    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 fi
 
 overrides=("$@")
@@ -58,6 +61,7 @@ except ConfigError as error:
 parallel = config.parallel
 print(f"replica={parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size}")
 print(f"global_batch={config.training.global_batch_size}")
+print(f"steps={config.training.train_steps}")
 print(f"run_dir={shlex.quote(config.checkpoint.run_dir)}")
 PY
 )"
@@ -98,10 +102,9 @@ echo "configuration $run_dir/config.yaml"
 echo
 echo "What you may want next:"
 echo "  $PYTHON -m tensorboard.main --logdir $run_dir/tensorboard"
+echo "  bash examples/run_finetune.sh --config $run_dir/config.yaml --training.train_steps $((steps * 2))   # train on from the newest checkpoint"
 if $is_demo; then
-    echo "  bash examples/run_finetune.sh --training.train_steps 2000        # train on from the newest checkpoint"
-    echo "  bash examples/run_finetune.sh --config my.yaml                   # your own data and model: see README.md"
+    echo "  bash examples/run_finetune.sh --config my.yaml   # your own data and model: see README.md"
 else
-    echo "  bash examples/run_finetune.sh $(printf '%q ' "$@")--training.train_steps N   # train on from the newest checkpoint"
     echo "  $PYTHON tools/plot_losses.py $run_dir   # draw the curves again"
 fi

@@ -109,7 +109,7 @@ def test_the_console_line_has_a_dash_for_what_was_not_measured():
     assert line.startswith(
         "step   3/100 | ce 1.0000 | mse - | lr 1.00e-03 | grad norm 1.250 | 12,346 tokens/s | 0.500 s/"
     )
-    assert line.endswith("s/step | left 0:00:00")
+    assert line.endswith("| 0.500 s/step | left 0:00:00")
 
 
 def test_curves_are_drawn_and_a_folder_without_metrics_is_named(tmp_path):
