@@ -53,14 +53,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_pictures(cache: Path) -> tuple[Tensor, Tensor]:
-    """Training and held-out pictures, uint8 [n, 3, 64, 64]; rendered once, then read from `cache/autoencoder_64.npz`."""
+    """Training and held-out pictures, uint8 [n, 3, 64, 64]; rendered once, then read from the cache."""
     file = cache / "autoencoder_64.npz"
     if not file.exists():
-        site = fetch_packages(cache)
-        emojis = list_emojis(site)
+        fetch_packages(cache)
+        emojis = list_emojis()
         pictures = {e.code: render_emoji(e.svg, 64) for e in emojis}
         held_out = [pictures[e.code] for e in emojis if is_held_out(e.base)]
-        train = [pictures[e.code] for e in emojis if not is_held_out(e.base)] + vqa_pictures(site, "train")
+        train = [pictures[e.code] for e in emojis if not is_held_out(e.base)] + [picture for _, picture in vqa_pictures("train")]
         np.savez_compressed(file, train=np.stack(train), held_out=np.stack(held_out))
     with np.load(file) as arrays:
         return tuple(torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).contiguous() for name in ("train", "held_out"))

@@ -127,6 +127,8 @@ def _device() -> torch.device:
 
 
 def _start_process_group(device: torch.device) -> None:
+    if dist.is_initialized():  # the caller lays several models out one after the other
+        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)

@@ -57,8 +57,9 @@ def _losses(case: Case, results: Results, report: Report) -> None:
     """Reduced losses of the recorded step and its gradient norm."""
     group, expected = report.group("losses", FORWARD), case.meta["losses"]
     ce, mse = results.losses.ce or 0.0, results.losses.mse or 0.0
-    rows = {name: _whole(results, name) for name in ("ce", "mse_mean")}
     weights = case.batch.get("ce_loss_weights", torch.zeros(0)).double()
+    lengths = {"ce": len(weights), "mse_mean": len(case.batch.get("mse_loss_indexes", ()))}
+    rows = {name: _whole(results, name, length) for name, length in lengths.items()}
     # replicas hold disjoint parameters' copies of the same gradient: one copy of each counts
     norm = math.sqrt(sum(copies[0].double().square().sum().item() for copies in results.gradients.values()))
     found = {
@@ -78,10 +79,10 @@ def _losses(case: Case, results: Results, report: Report) -> None:
             compare_number(group, f"losses.{name}", found[name], value)
 
 
-def _whole(results: Results, name: str) -> Tensor:
-    """The values of a loss over all replicas, in any order, from tensor-parallel rank 0."""
-    parts = results.rows.get(name, {}).get(0, [])
-    return torch.cat([rows for _, rows in parts]).double() if parts else torch.zeros(0).double()
+def _whole(results: Results, name: str, length: int) -> Tensor:
+    """The values of a loss over all replicas in the saved order, from tensor-parallel rank 0: float64 [length]."""
+    rows = assemble(results.rows.get(name, {}).get(0, []), length)
+    return torch.zeros(0).double() if rows is None else rows.double()
 
 
 def _gradients(case: Case, results: Results, report: Report) -> None:
@@ -134,4 +135,5 @@ def _statistics(report: Report, name: str, initial: Tensor, final: Tensor, ema: 
         group: Group = report.group(kind, WEIGHTS)
         for key, value in ((f"{kind}_l2", tensor.norm().item()), (f"{kind}_sum", tensor.sum().item())):
             compare_number(group, f"tensor_stats.{name}.{key}", value, stats[key], stats["update_l2"] or None)
-    compare_number(report.group("final", WEIGHTS), f"tensor_stats.{name}.update_l2", (final - initial).norm().item(), stats["update_l2"])
+    moved = (final - initial).norm().item()
+    compare_number(report.group("final", WEIGHTS), f"tensor_stats.{name}.update_l2", moved, stats["update_l2"])

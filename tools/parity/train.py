@@ -3,7 +3,6 @@
 Collects forward values, gradients and the state after the trajectory on rank 0; judging them is `judge.py`'s matter.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +112,7 @@ class Runner:
     def _forward_backward(self, inputs: StreamInputs) -> Losses:
         plan = self.share.plan
         rows = plan.und_length + plan.gen_length
-        batch = [(dataclasses.replace(plan), inputs)]
+        batch = [(plan, inputs)]
         return forward_backward(self.chunks, batch, self.counts, self.config.training, rows)
 
 
