@@ -39,8 +39,6 @@ fi
 
 overrides=("$@")
 if $is_demo; then
-    say "Preparing the demo's data in data/demo (once)"
-    "$PYTHON" tools/prepare_demo.py --out data/demo
     # The preset splits layers over two ranks; an odd number of GPUs cannot.
     if ((gpus * nodes % 2)); then TP="${TP:-1}"; fi
     overrides=(--config demo "$@")
@@ -48,34 +46,16 @@ fi
 [[ -z "${TP:-}" ]] || overrides+=(--parallel.tensor_model_parallel_size "$TP")
 [[ -z "${PP:-}" ]] || overrides+=(--parallel.pipeline_model_parallel_size "$PP")
 
-# The resolved layout and run folder; a fault in the configuration ends here, before any process is started.
-settings="$("$PYTHON" - "${overrides[@]}" <<'PY'
-import shlex
-import sys
-from megabagel.config.errors import ConfigError
-from megabagel.config.load import load_config
-try:
-    config = load_config()
-except ConfigError as error:
-    sys.exit(f"error: {error}")
-parallel = config.parallel
-print(f"replica={parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size}")
-print(f"global_batch={config.training.global_batch_size}")
-print(f"steps={config.training.train_steps}")
-print(f"run_dir={shlex.quote(config.checkpoint.run_dir)}")
-PY
-)"
+# Sets processes (per node), global_batch, steps and run_dir, or ends with what is wrong in the configuration.
+plan() { "$PYTHON" examples/lib/launch_plan.py "$1" "$gpus" "$nodes" "${DP:-0}" "$is_demo" "${overrides[@]}"; }
+if $is_demo; then
+    settings="$(plan parse)"
+    say "Preparing the demo's data in data/demo (once)"
+    "$PYTHON" tools/prepare_demo.py --out data/demo
+fi
+settings="$(plan check)"
 eval "$settings"
-if [[ "$gpus" -gt 0 && -z "${DP:-}" ]]; then
-    processes=$((gpus))
-else
-    processes=$((replica * ${DP:-1} / nodes))
-fi
-((processes > 0)) || fail "a model replica of $replica ranks needs no more than one rank per node here: lower TP, PP or the number of nodes."
-replicas=$((processes * nodes / replica))
-if $is_demo && ((replicas > 1 && global_batch % replicas)); then
-    overrides+=(--training.global_batch_size $(((global_batch / replicas + 1) * replicas))) # every replica needs packs
-fi
+if $is_demo; then overrides+=(--training.global_batch_size "$global_batch"); fi
 
 say "Training on $nodes x $processes processes; the run is written to $run_dir"
 launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes")
