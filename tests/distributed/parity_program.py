@@ -1,7 +1,7 @@
 """Golden cases in several layouts by the processes of one launch (a start costs more than a case); prints JSON lines.
 
-    parity_program.py layouts SIZES...      SIZES: tensor,pipeline,data[,sequence], for both cases each
-    parity_program.py sensitivity           one process: which altered expected values go unnoticed
+parity_program.py layouts SIZES...      SIZES: tensor,pipeline,data[,sequence], for both cases each
+parity_program.py sensitivity           one process: which altered expected values go unnoticed
 """
 
 import copy
@@ -16,13 +16,14 @@ from megatron.core import parallel_state
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from megabagel.config.schema import ParallelConfig  # noqa: E402
-from megabagel.runtime.distributed import destroy, initialize  # noqa: E402
 from parity.autoencoder import check_autoencoder  # noqa: E402
 from parity.case import Case, load_case, run_config  # noqa: E402
 from parity.compare import Report  # noqa: E402
 from parity.judge import FORWARD, judge  # noqa: E402
 from parity.train import Results, Runner  # noqa: E402
+
+from megabagel.config.schema import ParallelConfig  # noqa: E402
+from megabagel.runtime.distributed import destroy, initialize  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 CASES = ("public-basic", "public-wide")
@@ -44,7 +45,8 @@ def layouts(sizes: list[str]) -> None:
             if results is not None:
                 report = Report()
                 judge(case, results, report)
-                print(json.dumps({"case": name, "layout": layout, "pass": report.passed, **report.as_json()}), flush=True)
+                line = {"case": name, "layout": layout, "pass": report.passed, **report.as_json()}
+                print(json.dumps(line), flush=True)
 
 
 def altered(case: Case) -> list[tuple[str, Case]]:

@@ -1,16 +1,15 @@
 """The tensor map and the sources of released weights: slices, merges, twins, and every message about a bad folder."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megabagel.checkpoint.names import Rule, export_shard, import_shard, rule_for
 from megabagel.checkpoint.sources import CheckpointError, Pretrained, SafetensorsFolder, Scratch
-from megabagel.config.schema import Config, ModelConfig, ParallelConfig, VisionConfig
+from megabagel.config.schema import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "public-basic" / "ckpt"
 MODEL = ModelConfig(
@@ -119,7 +118,8 @@ def test_qkv_rows_stand_group_by_group():
 
 def test_tied_head_reads_the_embedding():
     tied = ModelConfig(hidden_size=64, vocab_size=128, tie_word_embeddings=True)
-    assert rule_for("heads.lm_head.weight", (128, 64), 0, 1, tied).names == ("language_model.model.embed_tokens.weight",)
+    (name,) = rule_for("heads.lm_head.weight", (128, 64), 0, 1, tied).names
+    assert name == "language_model.model.embed_tokens.weight"
 
 
 def test_unknown_parameter_is_a_bug_with_its_name():
@@ -220,8 +220,9 @@ def pretrained(tmp_path):
 def test_pretrained_parts_appear_under_bagel_names(pretrained):
     source, qwen, siglip = pretrained
     up = qwen["model.layers.0.mlp.up_proj.weight"]
-    for name in ("mlp", "mlp_moe_gen"):
-        assert torch.equal(source.read(f"language_model.model.layers.0.{name}.up_proj.weight", (12, 8), 0, 3, 6), up[3:6])
+    for part in ("mlp", "mlp_moe_gen"):
+        name = f"language_model.model.layers.0.{part}.up_proj.weight"
+        assert torch.equal(source.read(name, (12, 8), 0, 3, 6), up[3:6])
     # no head in a tied model, no norms on q and k in Qwen2.5, nothing of the generator in either
     head = source.read("language_model.lm_head.weight", (16, 8), None, 0, 0)
     assert torch.equal(head, qwen["model.embed_tokens.weight"])

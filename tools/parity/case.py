@@ -15,7 +15,14 @@ from torch import Tensor
 
 from megabagel.config.checks import check_model
 from megabagel.config.folder import read_model_config
-from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megabagel.config.schema import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from megabagel.models.autoencoder import patchify
 
 _VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
@@ -55,7 +62,9 @@ def load_case(folder: str | Path) -> Case:
         raise CaseError(f"there is no case folder {folder}")
     for name in ("meta.json", "batch.safetensors", "expected.safetensors", "ckpt"):
         if not (folder / name).exists():
-            raise CaseError(f"{folder} has no {name}; a case holds ckpt/, batch.safetensors, expected.safetensors, meta.json")
+            raise CaseError(
+                f"{folder} has no {name}; a case holds ckpt/, batch.safetensors, expected.safetensors and meta.json"
+            )
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -124,4 +133,5 @@ def latent_tokens(case: Case, model: ModelConfig) -> Tensor:
     if not grids:
         return torch.empty(0, patch**2 * model.vae.z_channels)
     latents = case.expected["vae.latent"]
-    return torch.cat([patchify(x[:, : h * patch, : w * patch], patch) for x, (h, w) in zip(latents, grids, strict=True)])
+    parts = zip(latents, grids, strict=True)
+    return torch.cat([patchify(x[:, : h * patch, : w * patch], patch) for x, (h, w) in parts])

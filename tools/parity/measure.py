@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megabagel.checkpoint.hf import stage_rules
 from megabagel.checkpoint.names import export_shard
 from megabagel.models.bagel import Bagel
-from megabagel.models.flow import velocity
 from megabagel.models.embeddings import StreamInputs
+from megabagel.models.flow import velocity
 from parity.plans import Share
 
 # name -> places of the rows in the saved order, rows

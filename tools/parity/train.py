@@ -77,7 +77,7 @@ class Runner:
         captured = forward_values(recorder, self.share, inputs, self.stage)
         rows = gather_rows(captured)
         gather_gradient_shards(self.chunks[0])
-        parameters = {name: p for name, p in self.stage.named_parameters()}
+        parameters = dict(self.stage.named_parameters())
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         gradients = gather_tensors(export(self.stage, {name: p.main_grad for name, p in trained.items()}))
         initial = gather_tensors(export(self.stage, parameters))
