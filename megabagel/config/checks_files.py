@@ -104,12 +104,15 @@ def _autoencoder(config: Config) -> Iterator[str]:
         )
     file = Path(path) / "ae.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        yield f"checkpoint.{setting}: there is no autoencoder file {file}; put ae.safetensors there or set init_vae."
+        yield f"checkpoint.{setting}: there is no autoencoder at {path}; give ae.safetensors or its folder."
     stated = read_autoencoder_config(file.parent)
-    if stated is not None and stated != config.model.vae:
-        names = [n for n in vars(stated) if getattr(stated, n) != getattr(config.model.vae, n)]
+    if stated is None:
+        return
+    ours = config.model.vae
+    names = [n for n in vars(stated) if n != "resolution" and getattr(stated, n) != getattr(ours, n)]
+    if names:
         yield (
-            f"model.vae.{names[0]} is {getattr(config.model.vae, names[0])}, but {file.parent / 'ae_params.json'} says "
+            f"model.vae.{names[0]} is {getattr(ours, names[0])}, but {file.parent / 'ae_params.json'} says "
             f"{getattr(stated, names[0])}; set model.vae to what that file says."
         )
 

@@ -87,7 +87,7 @@ ONE_SETTING = [
     ("--checkpoint.init_from=/x", "checkpoint.init_from: there is no folder /x"),
     ("--checkpoint.init_from=.", "checkpoint.init_from: . holds neither ema.safetensors nor model.safetensors"),
     ("--checkpoint.init_from=null", "no autoencoder is named, but model.visual_gen is true"),
-    ("--checkpoint.init_vae=/x", "checkpoint.init_vae: there is no autoencoder file /x"),
+    ("--checkpoint.init_vae=/x", "checkpoint.init_vae: there is no autoencoder at /x"),
     ("--data.tokenizer=/x", "data.tokenizer: there is no folder /x"),
     ("--data.tokenizer=.", "data.tokenizer: . holds neither tokenizer.json nor vocab.json with merges.txt"),
     ("--data.dataset_config_file=null", "data.dataset_config_file is not set"),
@@ -209,12 +209,12 @@ def test_damaged_weights_tokenizer_and_index_are_named(data, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert "has 601 tokens; set it to 640 or more" in fault(data, *options)
     (folder / "ae.safetensors").unlink()
-    assert "checkpoint.init_from: there is no autoencoder file" in fault(data, *options)
+    assert "checkpoint.init_from: there is no autoencoder at" in fault(data, *options)
     (folder / "ema.safetensors").rename(folder / "part-1.safetensors")
     index = folder / "ema.safetensors.index.json"
     index.write_text("[]")
     assert "ema.safetensors.index.json is not a readable weight index" in fault(data, *options)
     index.write_text(json.dumps({"weight_map": {"a": "part-1.safetensors"}}))
-    assert "there is no autoencoder file" in fault(data, *options)
+    assert "there is no autoencoder at" in fault(data, *options)
     (folder / "part-1.safetensors").write_bytes(b"")
     assert "part-1.safetensors is not a readable safetensors file" in fault(data, *options)
