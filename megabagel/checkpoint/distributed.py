@@ -5,6 +5,7 @@ Which folders there are and which is the newest is `folder`'s business; weights 
 
 import contextlib
 import logging
+import queue
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -92,6 +94,9 @@ def save(
         }
         if ema is not None:
             state["ema"] = ema_state.for_saving(ema, model_state)
+        # By default a process is started for this queue, which imports the whole program again and survives a kill;
+        # results of a save that is waited for can stay in this process.
+        filesystem_async._results_queue = queue.Queue()
         with _no_future_warnings():
             dist_checkpointing.save(state, str(target))
     if is_writer:
