@@ -4,6 +4,8 @@ The frozen autoencoder's work is spread over all ranks of the model replica; eve
 the result does not depend on who encodes it, on the packing or on the layout.
 """
 
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,8 +21,11 @@ from megabagel.runtime import rng
 from megabagel.runtime.distributed import Layout
 
 
+PIXELS_AT_ONCE = 2**20  # of pictures encoded as one batch: bounds the memory of the autoencoder's activations
+
+
 def normalise(image: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """uint8 [3, H, W] -> [-1, 1] in `dtype`."""
+    """uint8 [..., 3, H, W] -> [-1, 1] in `dtype`."""
     return (image.to(device).float() / 127.5 - 1).to(dtype)
 
 
@@ -83,16 +88,23 @@ class Encoder:
         latents = torch.zeros(sum(tokens), self.channels, device=self.layout.device)
         owners = spread(tokens, len(self.layout.replica_ranks))
         mine = self.layout.replica_ranks.index(self.layout.rank)
-        for image, key, owner, rows in zip(images, keys, owners, latents.split(tokens), strict=True):
+        by_shape = defaultdict(list)
+        for owner, *work in zip(owners, images, keys, latents.split(tokens), strict=True):
             if owner == mine:
-                rows.copy_(self._encode(image, key))
+                by_shape[work[0].shape].append(work)
+        for shape, works in by_shape.items():
+            size = max(1, PIXELS_AT_ONCE // (shape[1] * shape[2]))
+            for start in range(0, len(works), size):
+                self._encode(works[start : start + size])
         if images and len(self.layout.replica_ranks) > 1:
             dist.all_reduce(latents, group=parallel_state.get_model_parallel_group())  # every row has one owner
         return list(latents.split([len(pack.plan.gen_index) for pack in packs]))
 
-    def _encode(self, image: Tensor, key: list[int]) -> Tensor:
-        pixels = normalise(image, self.layout.device, self.dtype)[None]
-        moments = self.autoencoder.encode_moments(pixels).float()
-        shape = (1, moments.shape[1] // 2, *moments.shape[2:])
-        noise = torch.from_numpy(rng.normal(self.seed, "posterior", key, shape)).to(moments.device)
-        return patchify(self.autoencoder.sample(moments, noise)[0], self.latent_patch_size)
+    def _encode(self, works: list[tuple[Tensor, list[int], Tensor]]) -> None:
+        """(picture, key, rows to fill) of pictures of one size, as one batch."""
+        images, keys, rows = zip(*works, strict=True)
+        moments = self.autoencoder.encode_moments(normalise(torch.stack(images), self.layout.device, self.dtype)).float()
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = torch.stack([torch.from_numpy(rng.normal(self.seed, "posterior", key, shape)) for key in keys])
+        for row, latent in zip(rows, self.autoencoder.sample(moments, noise.to(moments.device)), strict=True):
+            row.copy_(patchify(latent, self.latent_patch_size))
