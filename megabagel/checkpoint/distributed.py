@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megabagel.checkpoint import ema as ema_state
 from megabagel.checkpoint import folder
@@ -145,15 +146,19 @@ def _attempt(
         fault, state = None, _load(source, model_chunks, optimizer, ema)
     except CheckpointError:  # raised by all ranks alike
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         logger.debug("Loading %s failed.", source, exc_info=True)
-        fault, state = (
-            f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
-            None,
-        )
+        fault, state = f"cannot be read ({_reason(error)})", None
     faults = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     return next((f for f in faults if f is not None), None), state
+
+
+def _reason(error: BaseException) -> str:
+    """Type and first sentence of an error; of its cause on the first failing rank where torch gathered several."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
 
 
 def _load(

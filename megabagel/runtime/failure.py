@@ -42,14 +42,16 @@ def guard(*expected: type[BaseException]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
-    except Exception as error:
+    except SystemExit:  # asked for, as by --help
+        raise
+    except BaseException as error:  # torch has errors that are not Exceptions
         done.set()
         _fail(error, isinstance(error, expected), store)
     finally:
         done.set()
 
 
-def _fail(error: Exception, is_expected: bool, store: dist.Store | None) -> None:
+def _fail(error: BaseException, is_expected: bool, store: dist.Store | None) -> None:
     """Claim the failure, wait until the other ranks are silent, say what happened, and end this process."""
     if store is not None:
         if not is_expected and any(text in str(error) for text in _LOST_PEER):

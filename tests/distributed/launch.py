@@ -35,7 +35,10 @@ def launch(
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        try:
+            output, _ = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired as error:  # something outside of its process group holds the pipe
+            output = (error.output or b"").decode(errors="replace")
         raise TimeoutError(f"{target} ran longer than {timeout} s; its output:\n{output}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
