@@ -138,4 +138,6 @@ class Trainer:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
         self.reader.load_state_dict(state.data_state)
+        if self.layout.rank == 0:
+            print(f"continuing after step {self.step} from {state.folder}", flush=True)
         return True
