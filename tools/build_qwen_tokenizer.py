@@ -1,10 +1,10 @@
-"""Turns `qwen.tiktoken` (the ranks file of Qwen2.5) into a Hugging Face tokenizer folder, whole or reduced to some texts.
+"""Turns `qwen.tiktoken` (the ranks file of Qwen2.5) into a Hugging Face tokenizer folder, whole or reduced.
 
 The whole one has the ids of Qwen2.5: "Hello, world!" is [9707, 11, 1879, 0]. The reduced one is for models that cannot
 afford 151,665 embeddings: same algorithm, same cuts on the given texts, other ids. It is not a tokenizer trainer.
 
 Reduction: all 256 byte tokens, every token that the texts need, and the two halves of each of these, down to bytes;
-ids are contiguous in rank order and the same 22 added tokens follow. Any other text is still encoded, only in more tokens.
+ids are contiguous in rank order; the same 22 added tokens follow. Any other text is still encoded, in more tokens.
 """
 
 import argparse

