@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=16)
     parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 6])
     parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16, help="pictures a step; crops come four times as many")
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step; crops come twice as many")
     parser.add_argument("--crop-part", type=float, default=0.5, help="first part of the time, on 32x32 crops")
     parser.add_argument("--lr", type=float, default=0.02, help="peak rate of the orthogonalised (matrix) updates")
     parser.add_argument("--adam-lr", type=float, default=2e-3, help="peak rate of AdamW (norms, biases, outer layers)")

@@ -230,7 +230,9 @@ def _read_weights(weights: Path, expected: dict[str, tuple[int, ...]]) -> dict[s
                 raise ValueError(f"{weights}: tensor {name} should have shape {shape} by the config, found {found}.")
         surplus = sorted(names - set(expected))
         if surplus:
-            raise ValueError(f"{weights}: tensor {surplus[0]} is not part of the configured network ({len(surplus)} such).")
+            raise ValueError(
+                f"{weights}: tensor {surplus[0]} is not part of the configured network ({len(surplus)} such)."
+            )
         return {name: file.get_tensor(name).float() for name in expected}
 
 
@@ -242,4 +244,6 @@ def _check(config: AutoencoderConfig) -> None:
         )
     for mult in (1, *config.ch_mult):
         if config.ch * mult % config.num_groups:
-            raise ValueError(f"{config.ch * mult} autoencoder channels do not divide into {config.num_groups} norm groups.")
+            raise ValueError(
+                f"{config.ch * mult} autoencoder channels do not divide into {config.num_groups} norm groups."
+            )
