@@ -1,13 +1,16 @@
-"""Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`, under torchrun for several ranks."""
+"""Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`; under torchrun for several ranks."""
 
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.checks import ConfigError, check_config
 from megabagel.config.load import load_config, to_yaml
+from megabagel.data.faults import DataError
+from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed, failure
 
 
 def main(argv: list[str] | None = None) -> None:
     """Everything that can be wrong with the configuration is found before any rank allocates memory."""
-    with failure.guard(ConfigError, ValueError, OSError):
+    with failure.guard(ConfigError, DataError, CheckpointError, AutoencoderError):
         config = load_config(argv)
         check_config(config, distributed.world_size())
         layout = distributed.initialize(config.parallel, config.training.seed)

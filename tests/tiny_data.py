@@ -34,7 +34,10 @@ def _text(draw: np.random.Generator) -> str:
     return " ".join(draw.choice(WORDS, int(draw.integers(1, 8))))
 
 
-def write_data(folder: Path, groups: tuple[str, ...] = ("t2i_pretrain", "unified_edit", "vlm_sft"), rows: int = 24) -> Path:
+GROUPS = ("t2i_pretrain", "unified_edit", "vlm_sft")
+
+
+def write_data(folder: Path, groups: tuple[str, ...] = GROUPS, rows: int = 24) -> Path:
     """Write `rows` samples per group and the data file; returns the data file's path. A vlm_sft row is text-only at
     times. The group `text` is vlm_sft without any picture."""
     draw = np.random.default_rng(7)

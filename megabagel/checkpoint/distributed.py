@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megabagel.checkpoint import ema as ema_state
 from megabagel.checkpoint import folder
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,6 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit this run; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
-from megabagel.checkpoint.sources import CheckpointError, Pretrained, SafetensorsFolder, Scratch
+from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
 

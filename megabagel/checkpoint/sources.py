@@ -11,16 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
 from megabagel.runtime import rng
 
 Shape = tuple[int, ...]
 PATCH_EMBEDDING = "vit_model.vision_model.embeddings.patch_embedding.weight"
 _CHUNK = 1 << 22  # values drawn at a time
-
-
-class CheckpointError(ValueError):
-    """A folder of weights lacks or misfits something; the message says what, where, and what was expected."""
 
 
 class SafetensorsFolder:

@@ -18,6 +18,10 @@ PARAMS_NAME = "ae_params.json"
 NORM_EPS = 1e-6
 
 
+class AutoencoderError(ValueError):
+    """Autoencoder weights or parameters that cannot be used; the message is one sentence for the user."""
+
+
 def _norm(config: AutoencoderConfig, channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(config.num_groups, channels, eps=NORM_EPS, affine=True)
 
@@ -201,7 +205,7 @@ def read_config(params_file: Path) -> AutoencoderConfig:
     params = json.loads(params_file.read_text(encoding="utf-8"))
     unknown = sorted(set(params) - set(AutoencoderConfig.__dataclass_fields__))
     if unknown:
-        raise ValueError(f"{params_file}: unknown autoencoder keys {unknown}.")
+        raise AutoencoderError(f"{params_file}: unknown autoencoder keys {unknown}.")
     if "ch_mult" in params:
         params["ch_mult"] = tuple(params["ch_mult"])
     return AutoencoderConfig(**params)
@@ -212,7 +216,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     path = Path(path)
     weights = path / WEIGHTS_NAME if path.is_dir() else path
     if not weights.is_file():
-        raise ValueError(f"No autoencoder weights at {weights}.")
+        raise AutoencoderError(f"No autoencoder weights at {weights}.")
     with torch.device("meta"):
         model = Autoencoder(read_config(weights.parent / PARAMS_NAME))
     state = _read_weights(weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
@@ -227,10 +231,12 @@ def _read_weights(weights: Path, expected: dict[str, tuple[int, ...]]) -> dict[s
         for name, shape in expected.items():
             found = tuple(file.get_slice(name).get_shape()) if name in names else "nothing"
             if found != shape:
-                raise ValueError(f"{weights}: tensor {name} should have shape {shape} by the config, found {found}.")
+                raise AutoencoderError(
+                    f"{weights}: tensor {name} should have shape {shape} by the config, found {found}."
+                )
         surplus = sorted(names - set(expected))
         if surplus:
-            raise ValueError(
+            raise AutoencoderError(
                 f"{weights}: tensor {surplus[0]} is not part of the configured network ({len(surplus)} such)."
             )
         return {name: file.get_tensor(name).float() for name in expected}
@@ -239,11 +245,11 @@ def _read_weights(weights: Path, expected: dict[str, tuple[int, ...]]) -> dict[s
 def _check(config: AutoencoderConfig) -> None:
     stride = 2 ** (len(config.ch_mult) - 1)
     if config.downsample != stride:
-        raise ValueError(
+        raise AutoencoderError(
             f"Autoencoder downsample is {config.downsample}, but ch_mult {config.ch_mult} gives {stride} (2 per level)."
         )
     for mult in (1, *config.ch_mult):
         if config.ch * mult % config.num_groups:
-            raise ValueError(
+            raise AutoencoderError(
                 f"{config.ch * mult} autoencoder channels do not divide into {config.num_groups} norm groups."
             )

@@ -17,7 +17,7 @@ from megabagel.config.schema import ModelConfig
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
 from megabagel.models.heads import OutputHeads, RowLosses
 from megabagel.models.routing import route
-from megabagel.models.specs import SHARED_PARTS, block_spec
+from megabagel.models.specs import block_spec
 from megabagel.packing.plan import PackPlan
 
 
@@ -50,8 +50,7 @@ class Bagel(MegatronModule):
         )
         if post_process:
             own_lm_head = not (model.tie_word_embeddings and pre_process)
-            shared_norm = "input_layernorm" in SHARED_PARTS[model.layer_variant] and "mlp" in SHARED_PARTS[model.layer_variant]
-            self.heads = OutputHeads(config, model, groups.tp, shared_norm, own_lm_head)
+            self.heads = OutputHeads(config, model, groups.tp, model.layer_variant == "dense", own_lm_head)
         if model.tie_word_embeddings and groups.pp.size() > 1 and (pre_process or post_process):
             weight = self.shared_embedding_or_output_weight()
             weight.shared_embedding = True
@@ -78,7 +77,7 @@ class Bagel(MegatronModule):
         return self.heads(hidden, routing, inputs, self.shared_embedding_or_output_weight() if tied else None)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """megatron-core's description of this stage's shards; a tied head of a later stage is the embedding's replica."""
+        """megatron-core's description of this stage's shards; a tied head of its own is a replica of the embedding."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.model_config.tie_word_embeddings and self.post_process and not self.pre_process:
             replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))

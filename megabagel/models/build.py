@@ -51,7 +51,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        calculate_per_token_loss=True,  # gradients are summed, not averaged, over data-parallel ranks: losses are global
+        calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,

@@ -34,7 +34,9 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, dtype: torch.dtype):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(self.channels, hidden_size, dtype=dtype), nn.SiLU(), nn.Linear(hidden_size, hidden_size, dtype=dtype)
+            nn.Linear(self.channels, hidden_size, dtype=dtype),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size, dtype=dtype),
         )
 
     def forward(self, times: Tensor) -> Tensor:

@@ -78,7 +78,9 @@ class OutputHeads(MegatronModule):
             und = und.detach()
         return und, (self.gen_norm or self.und_norm)(gen)
 
-    def forward(self, hidden: Tensor, routing: Routing, inputs: StreamInputs, lm_head_weight: Tensor | None) -> RowLosses:
+    def forward(
+        self, hidden: Tensor, routing: Routing, inputs: StreamInputs, lm_head_weight: Tensor | None
+    ) -> RowLosses:
         """hidden [rows, 1, hidden] -> losses. `lm_head_weight`: the tied embedding, else None."""
         plan = routing.plan
         und, gen = self.final_hidden(hidden, routing)

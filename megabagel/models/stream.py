@@ -112,7 +112,7 @@ class Stream(MegatronModule):
         )
 
     def qkv(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, groups, d] of this rank, q and k normalised and rotated."""
+        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, groups, d] of this rank, normalised, rotated."""
         mixed, _ = self.linear_qkv(self.input_layernorm(hidden))  # [s, 1, groups * (heads_per_group + 2) * d]
         rows = mixed.shape[0]
         mixed = mixed.view(rows, self.groups, self.heads_per_group + 2, self.head_dim)

@@ -20,7 +20,6 @@ from megabagel.packing.plan import PackPlan
 from megabagel.runtime import rng
 from megabagel.runtime.distributed import Layout
 
-
 PIXELS_AT_ONCE = 2**20  # of pictures encoded as one batch: bounds the memory of the autoencoder's activations
 
 
@@ -103,7 +102,8 @@ class Encoder:
     def _encode(self, works: list[tuple[Tensor, list[int], Tensor]]) -> None:
         """(picture, key, rows to fill) of pictures of one size, as one batch."""
         images, keys, rows = zip(*works, strict=True)
-        moments = self.autoencoder.encode_moments(normalise(torch.stack(images), self.layout.device, self.dtype)).float()
+        pixels = normalise(torch.stack(images), self.layout.device, self.dtype)
+        moments = self.autoencoder.encode_moments(pixels).float()
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = torch.stack([torch.from_numpy(rng.normal(self.seed, "posterior", key, shape)) for key in keys])
         for row, latent in zip(rows, self.autoencoder.sample(moments, noise.to(moments.device)), strict=True):

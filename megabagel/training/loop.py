@@ -52,7 +52,7 @@ class Trainer:
         try:
             while self.step < config.training.train_steps:
                 values = self.train_step()
-                if writer and self.step % config.logging.log_interval == 0:
+                if writer:
                     writer.write(self.step, values)
                 if self._save_is_due():
                     self.save()

@@ -47,9 +47,7 @@ def test_layer_variants_train_from_scratch_alike_on_any_layout(variant, data_fil
     runs = []
     for processes in (1, 4):
         options = training_options(data_file, tmp_path / str(processes))
-        launch_ok(
-            "megabagel.train", *shape, *options, *scratch, *LAYOUTS[processes], processes=processes, timeout=180
-        )
+        launch_ok("megabagel.train", *shape, *options, *scratch, *LAYOUTS[processes], processes=processes, timeout=180)
         runs.append(metrics(tmp_path / str(processes)))
     for alone, together in zip(*runs, strict=True):
         for key in ("ce", "mse", "grad_norm"):
@@ -57,7 +55,9 @@ def test_layer_variants_train_from_scratch_alike_on_any_layout(variant, data_fil
 
 
 @pytest.mark.parametrize(
-    ("group", "absent"), [("t2i_pretrain", "ce"), ("text", "mse"), ("vlm_sft", "mse")], ids=["no-text-loss", "text-only", "no-vae"]
+    ("group", "absent"),
+    [("t2i_pretrain", "ce"), ("text", "mse"), ("vlm_sft", "mse")],
+    ids=["no-text-loss", "text-only", "no-vae"],
 )
 def test_packs_that_lack_a_modality_train_on_tensor_and_pipeline_ranks(group, absent, tmp_path):
     lines = train(write_data(tmp_path / "data", (group,)), tmp_path / "run", processes=4)
@@ -72,8 +72,8 @@ def test_a_killed_run_resumes_bit_for_bit(data_file, tmp_path):
     train(data_file, tmp_path / "whole", *extra, processes=2, steps=7)
 
     run_dir = tmp_path / "killed"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megabagel.train"]
-    command += [*training_options(data_file, run_dir, 7), *LAYOUTS[2], *extra]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "megabagel.train", *training_options(data_file, run_dir, 7), *LAYOUTS[2], *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     victim = subprocess.Popen(
         command, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -45,9 +45,7 @@ def _is_llm(name: str) -> bool:
 FROZEN = {
     "freeze_llm": lambda name: ".vit." not in name and _is_llm(name),
     "freeze_vit": lambda name: ".vit." in name,
-    "freeze_und": lambda name: not (
-        ".gen." in name or "gen_norm" in name or "llm2vae" in name or "lm_head" in name
-    ),
+    "freeze_und": lambda name: not (".gen." in name or "gen_norm" in name or "llm2vae" in name or "lm_head" in name),
 }
 
 

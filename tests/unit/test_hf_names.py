@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import Rule, export_shard, import_shard, rule_for
-from megabagel.checkpoint.sources import CheckpointError, Pretrained, SafetensorsFolder, Scratch
+from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.config.schema import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "public-basic" / "ckpt"

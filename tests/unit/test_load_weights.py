@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.hf import load_weights, open_source, stage_rules
 from megabagel.checkpoint.names import export_shard
-from megabagel.checkpoint.sources import CheckpointError
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, ParallelConfig, TrainingConfig
 from megabagel.models.build import build_stage

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megabagel.checkpoint.sources import CheckpointError
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import ParallelConfig
 from megabagel.runtime import failure
