@@ -1,4 +1,4 @@
-"""Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`, under torchrun for more ranks."""
+"""Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`, alone or under torchrun."""
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.checks import ConfigError, check_config
