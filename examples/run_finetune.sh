@@ -64,7 +64,8 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
     address="$(scontrol show node "$head" | grep -oP 'NodeAddr=\K\S+')"
     launch+=(--nnodes "$nodes" --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
         --rdzv_endpoint "$address:$((29500 + SLURM_JOB_ID % 1000))")
-    launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 "${launch[@]}")
+    launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1
+        --cpus-per-task "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" "${launch[@]}")
 else
     launch+=(--standalone)
 fi

@@ -46,7 +46,7 @@ def _ranges(config: Config) -> Iterator[str]:
                       "num_groups"),
         "parallel": (config.parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
         "data": (data, "expected_num_tokens max_num_tokens max_num_tokens_per_sample prefetch_factor"),
-        "optimizer": (config.optimizer, "lr adam_eps clip_grad"),
+        "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
@@ -56,7 +56,7 @@ def _ranges(config: Config) -> Iterator[str]:
                 yield f"{group}.{name} is {value}, but must be greater than 0."
     not_negative = {
         "data": (data, "prefer_buffer_before max_buffer_size num_workers seed"),
-        "optimizer": (config.optimizer, "min_lr lr_warmup_steps weight_decay"),
+        "optimizer": (config.optimizer, "min_lr lr_warmup_steps weight_decay clip_grad"),
         "training": (training, "ce_weight mse_weight seed"),
         "checkpoint": (config.checkpoint, "save_interval"),
     }
@@ -124,6 +124,11 @@ def _freezing(config: Config) -> Iterator[str]:
         yield (
             "model.freeze_und trains only what generates pictures, but model.visual_gen is false; set visual_gen to "
             "true or freeze_und to false."
+        )
+    if model.freeze_und and model.tie_word_embeddings:
+        yield (
+            "model.freeze_und trains the vocabulary head and freezes the embedding, but model.tie_word_embeddings "
+            "makes them one tensor; set one of the two to false."
         )
     if model.freeze_llm and not model.visual_und and not model.visual_gen:
         yield (

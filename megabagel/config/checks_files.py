@@ -105,6 +105,7 @@ def _autoencoder(config: Config) -> Iterator[str]:
     file = Path(path) / "ae.safetensors" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         yield f"checkpoint.{setting}: there is no autoencoder at {path}; give ae.safetensors or its folder."
+    tensor_shapes(file)  # raises when the file was cut short
     stated = read_autoencoder_config(file.parent)
     if stated is None:
         return

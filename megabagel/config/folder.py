@@ -35,7 +35,8 @@ _VIT = {
     "ffn_hidden_size": "intermediate_size",
     "patch_size": "patch_size",
 }
-_TOP = ("connector_act", "interpolate_pos", "latent_patch_size", "timestep_shift", "visual_gen", "visual_und")
+SWITCHES = ("interpolate_pos", "timestep_shift", "visual_gen", "visual_und")  # change no tensor: a user may differ
+_TOP = ("connector_act", "latent_patch_size", *SWITCHES)
 
 
 def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
@@ -87,6 +88,9 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length) if length < 1 << 30 else b"")
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if path.stat().st_size != 8 + length + max(ends, default=0):
+            raise ValueError("cut short")
         return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path} is not a readable safetensors file (truncated download?); fetch it again.") from None

@@ -6,7 +6,6 @@ legal is decided in `checks.py`.
 
 import argparse
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from megabagel.config.errors import ConfigError, unknown_key
-from megabagel.config.folder import read_model_config
+from megabagel.config.folder import SWITCHES, read_model_config
 from megabagel.config.help import dotted_fields, meanings, nested_dataclasses
-from megabagel.config.schema import Config
+from megabagel.config.schema import Config, ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
 _EXAMPLE = """\
@@ -47,15 +46,23 @@ def load_config(argv: list[str] | None = None) -> Config:
     """
     argv = _resolve(list(sys.argv[1:] if argv is None else argv))
     _check_flags(argv)
-    parser = _parser()
+    config = _parse(_parser(), argv)
+    folder = config.model.folder
+    if folder is None:
+        return config
+    # the folder's switches are defaults, which what was given overrides; its shape is a fact, which nothing does
+    given = _parse(_parser(read_model_config(folder, ModelConfig())), argv).model
+    switches = {name: getattr(given, name) for name in SWITCHES}
+    config.model = dataclasses.replace(read_model_config(folder, given), **switches)
+    return config
+
+
+def _parse(parser: ArgumentParser, argv: list[str]) -> Config:
     try:
         groups = parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(_sentence(str(error))) from None
-    config = Config(**{f.name: groups[f.name] for f in dataclasses.fields(Config)})
-    if config.model.folder is not None:
-        config.model = read_model_config(config.model.folder, config.model)
-    return config
+    return Config(**{f.name: groups[f.name] for f in dataclasses.fields(Config)})
 
 
 def to_yaml(config: Config) -> str:
@@ -72,8 +79,8 @@ class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter)
     """Types and defaults beside every setting, and the example's line breaks kept."""
 
 
-@functools.cache
-def _parser() -> ArgumentParser:
+def _parser(model: ModelConfig | None = None) -> ArgumentParser:
+    """`model`: defaults of that group, if not the schema's."""
     parser = ArgumentParser(
         prog="python -m megabagel.train",
         usage="%(prog)s [--config FILE_OR_PRESET] [--group.key VALUE ...]",
@@ -85,7 +92,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with settings, or the name of a preset")
     groups = [f.name for f in dataclasses.fields(Config)]
     for field in dataclasses.fields(Config):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default_factory())
+        default = model if model is not None and field.name == "model" else field.default_factory()
+        parser.add_argument(f"--{field.name}", type=field.type, default=default)
     texts = meanings(Config)
     settings = set(dotted_fields(Config))
     for action in parser._actions:  # argparse's own list: jsonargparse takes texts from docstrings only

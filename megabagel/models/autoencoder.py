@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megabagel.config.autoencoder import AutoencoderConfig
@@ -226,7 +226,11 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
 def _read_weights(weights: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """All expected tensors as float32; the first one that is absent, surplus or misshapen is named in the error."""
-    with safe_open(weights, framework="pt") as file:
+    try:
+        file = safe_open(weights, framework="pt")
+    except SafetensorError as error:
+        raise AutoencoderError(f"{weights} is not a readable safetensors file ({error}); fetch it again.") from None
+    with file:
         names = set(file.keys())
         for name, shape in expected.items():
             found = tuple(file.get_slice(name).get_shape()) if name in names else "nothing"

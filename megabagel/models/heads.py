@@ -27,7 +27,7 @@ class RowLosses(NamedTuple):
     """Unreduced losses; the last row of each is the padding row and must get weight zero."""
 
     ce: Tensor  # [Nc + 1] float32, nats
-    mse: Tensor  # [Nm + 1] float32, mean over latent channels; zeros without visual_gen
+    mse: Tensor  # [Nm + 1] float32, mean over latent channels
 
 
 class OutputHeads(MegatronModule):
@@ -88,7 +88,7 @@ class OutputHeads(MegatronModule):
         logits, _ = self.lm_head(rows[:, None], weight=lm_head_weight)  # [Nc + 1, 1, vocab / tp]
         ce = vocab_parallel_cross_entropy(logits.float(), pad(plan.ce_labels, (0, 1))[:, None])[:, 0]
         if not hasattr(self, "llm2vae"):
-            return RowLosses(ce, ce.new_zeros(1))
+            return RowLosses(ce, gen[-1:].float().mean(dim=-1))  # a padding row
         predicted = self.llm2vae(gen[pad(plan.mse_rows, (0, 1), value=plan.gen_index.numel())]).float()
         target = pad(velocity(inputs.latents, inputs.noise)[plan.mse_rows], (0, 0, 0, 1))
         return RowLosses(ce, (predicted - target).square().mean(dim=-1))

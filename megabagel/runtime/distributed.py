@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megabagel.config.errors import ConfigError
 from megabagel.config.schema import ParallelConfig
 from megabagel.runtime import cpu_megatron
 
@@ -121,7 +122,12 @@ def destroy() -> None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise ConfigError(f"process {local_rank} of this machine has no GPU: there are {devices}; start one per GPU.")
+    # one queue of kernels: communication starts in the order in which tensor parallelism issued it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -8,11 +8,11 @@ import warnings
 _MESSAGES = (
     "full scope is deprecated",  # megatron-core about its own default of cuda_graph_scope
     "The .grad attribute of a Tensor that is not a leaf",  # its zero_grad looks at the optimizer's shards
-    "(Apex|Transformer Engine and Apex|Apex or TE) (is|are) not installed",  # the log says which kernels are used
+    "(Apex|Transformer Engine and Apex|Apex or TE) (is|are) not installed",  # expected on a CPU
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",  # its calls
     "`load_state_dict` is deprecated and will be removed",  # its checkpoint reader, likewise
     "'.*' found in sys.modules after import of package",  # data workers import the program once
-    "When using async grad allreduce it is recommended to set the environment variable",  # run_finetune.sh does on GPUs
+    "When using async grad allreduce it is recommended to set the environment variable",  # `distributed` does on GPUs
 )
 
 

@@ -1,7 +1,7 @@
 """The encode phase: pictures of a step become latents, noise and ViT patches before the pipeline runs.
 
 The frozen autoencoder's work is spread over all ranks of the model replica; every draw is keyed by the image, so that
-the result does not depend on who encodes it, on the packing or on the layout.
+who encodes it, the packing and the layout change the result by rounding only.
 """
 
 from collections import defaultdict

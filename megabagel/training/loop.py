@@ -21,7 +21,7 @@ from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.flops import pack_flops
 from megabagel.training.metrics import MetricsWriter
-from megabagel.training.optimizer import set_learning_rate
+from megabagel.training.optimizer import parameter_norm, set_learning_rate
 from megabagel.training.schedule import lr_at
 from megabagel.training.step import LossCounts, Losses, count, forward_backward
 
@@ -56,8 +56,8 @@ class Trainer:
                     writer.write(self.step, values)
                 if self._save_is_due():
                     self.save()
+            self.reader.close()  # not after a failure: waiting for workers would delay its announcement
         finally:
-            self.reader.close()
             if writer:
                 writer.close()
 
@@ -68,7 +68,9 @@ class Trainer:
         packs = [self.reader.next() for _ in range(micro_batches)]
         read = time.perf_counter()
         plans = [pack.plan for pack in packs]
-        counts = count(plans, config.training, self.layout.device)
+        bad_rows = self.reader.state_dict()["faults"]["num_bad"]
+        skipped = sum(number for kinds in bad_rows.values() for number in kinds.values())
+        counts = count(plans, config.training, self.layout.device, skipped)
         inputs = self.encoder(packs)
         encoded = time.perf_counter()
         for stage in self.stages:
@@ -97,6 +99,7 @@ class Trainer:
         grad_norm: float,
         times: dict[str, float],
     ) -> dict[str, float | None]:
+        on_gpu = self.layout.device.type == "cuda"
         flops = sum(pack_flops(plan, self.config.model) for plan in plans) * self.layout.dp_size
         return {
             "ce": losses.ce,
@@ -110,7 +113,10 @@ class Trainer:
             "mse_tokens": counts.mse_tokens,
             "samples": counts.samples,
             "samples_seen": self.samples,
-            "memory_bytes": torch.cuda.max_memory_allocated() if self.layout.device.type == "cuda" else None,
+            "skipped_samples": counts.skipped,
+            "params_norm": parameter_norm(self.optimizer),
+            "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
             **times,
         }
 

@@ -73,6 +73,9 @@ def drop_later_steps(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
+    if last_step == 0 and path.stat().st_size:  # a new run in an old folder: keep what the old one measured
+        path.replace(path.with_name(f"metrics.before-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"))
+        return
     replacement = path.with_suffix(".tmp")
     replacement.write_text("".join(kept), encoding="utf-8")
     replacement.replace(path)

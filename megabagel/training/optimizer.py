@@ -1,9 +1,12 @@
 """Builds megatron-core's distributed optimizer from our configuration. The learning rate's course is in schedule.py."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from megabagel.training import adam
@@ -51,3 +54,19 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
     """Use `lr` in the next `optimizer.step()`, on all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+@torch.no_grad()
+def parameter_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of all trainable parameters, replicated ones counted once; every rank must call it."""
+    counted = [
+        main
+        for main in optimizer.get_parameters()
+        if param_is_not_shared(main) and param_is_not_tensor_parallel_duplicate(main)
+    ]
+    device = optimizer.get_parameters()[0].device if optimizer.get_parameters() else "cpu"
+    squares = torch.zeros((), device=device)
+    if counted:
+        squares = torch.stack(torch._foreach_norm([main.float() for main in counted])).square().sum()
+    dist.all_reduce(squares)
+    return squares.sqrt().item()

@@ -5,6 +5,7 @@ from megabagel.config.datasets import load_dataset_groups
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
+from megabagel.data.faults import DataError
 from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
@@ -23,6 +24,11 @@ ROWS_PER_TILE = 16  # keeps FP8 GEMM shapes legal on every rank that shares a st
 
 def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> Reader:
     tokenizer = Tokenizer(tokenizer_path(config))
+    if len(tokenizer) > config.model.vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.folder} has {len(tokenizer)} tokens, more than model.vocab_size = "
+            f"{config.model.vocab_size}; raise vocab_size or choose the model's own tokenizer."
+        )
     return Reader(
         config.data,
         load_dataset_groups(config.data.dataset_config_file),

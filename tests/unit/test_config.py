@@ -12,7 +12,7 @@ from megabagel.config.folder import read_model_config
 from megabagel.config.help import dotted_fields, meanings
 from megabagel.config.load import load_config, preset_names, to_yaml
 from megabagel.config.schema import Config, ModelConfig
-from tests.tiny_data import GOLDEN, VAE_ARGS, VIT_ARGS
+from tests.tiny_data import CHECKPOINT, GOLDEN, VAE_ARGS, VIT_ARGS
 
 CASES = ("public-basic", "public-wide")
 
@@ -255,3 +255,9 @@ def test_faults_of_the_data_file_are_one_sentence_with_its_name(content, fragmen
 def test_a_missing_data_file_is_one_sentence():
     with pytest.raises(ConfigError, match="data file nowhere.yaml cannot be read"):
         load_dataset_groups("nowhere.yaml")
+
+
+def test_switches_can_differ_from_what_the_folder_says_but_its_shape_stays():
+    argv = [f"--model.folder={CHECKPOINT}", "--model.timestep_shift=3", "--model.visual_gen=false"]
+    model = load_config([*argv, "--model.hidden_size=4096"]).model
+    assert (model.timestep_shift, model.visual_gen, model.visual_und, model.hidden_size) == (3.0, False, True, 64)

@@ -117,6 +117,7 @@ SHAPES = [
     ("--model.vocab_size=384 --checkpoint.init_from=null", "model.vocab_size is 384, but the tokenizer in"),
     ("--model.ffn_hidden_size=129 --parallel.tensor_model_parallel_size=2", "model.ffn_hidden_size 129 does not"),
     ("--model.vocab_size=513 --parallel.tensor_model_parallel_size=2", "model.vocab_size 513 does not divide by"),
+    ("--model.freeze_und=true --model.tie_word_embeddings=true", "model.freeze_und trains the vocabulary head and"),
     ("--model.visual_gen=false --model.freeze_und=true", "model.freeze_und trains only what generates pictures"),
     ("--model.visual_gen=false --model.visual_und=false --model.freeze_llm=true", "leaves nothing to train"),
     ("--model.visual_gen=false --training.ce_weight=0", "no loss is left"),
