@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabagel.config.autoencoder import AutoencoderConfig
 from megabagel.models.autoencoder import PARAMS_NAME, WEIGHTS_NAME, Autoencoder, ResnetBlock, load_autoencoder
-from tools.prepare_demo import fetch_packages, is_held_out, list_emojis, render_emoji, vqa_pictures
+from tools.demo.emojis import is_held_out, list_emojis, render_emoji
+from tools.demo.packages import fetch_packages
+from tools.demo.questions import vqa_pictures
 
 EXAMPLE = """example:
   python tools/train_demo_autoencoder.py --out examples/demo/autoencoder --minutes 60
@@ -126,7 +128,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised per convolution; needs about half of AdamW's steps here."""
+    """Momentum whose update is orthogonalised per convolution."""
 
     def __init__(self, parameters: list[Tensor], lr: float, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})

@@ -21,12 +21,13 @@ from megabagel.models.autoencoder import Autoencoder, load_autoencoder
 from tools import build_qwen_tokenizer as qwen
 from tools import prepare_demo as demo
 from tools import train_demo_autoencoder as training
+from tools.demo import captions, edits, emojis, formats, questions
 
-TONES = list(demo.TONES)
+TONES = list(emojis.TONES)
 
 
-def emoji(code: str) -> demo.Emoji:
-    return demo.Emoji(code, demo.base_of(code), code, Path())
+def emoji(code: str) -> emojis.Emoji:
+    return emojis.Emoji(code, emojis.base_of(code), code, Path())
 
 
 @pytest.mark.parametrize(
@@ -40,39 +41,39 @@ def emoji(code: str) -> demo.Emoji:
     ],
 )
 def test_names_become_plain_words(code, name, plain):
-    assert demo.plain_name(code, name) == plain
-    assert demo.captions_of(plain) == {"name": plain, "picture": f"a picture of {plain}"}
+    assert emojis.plain_name(code, name) == plain
+    assert captions.captions_of(plain) == {"name": plain, "picture": f"a picture of {plain}"}
 
 
 def test_tone_edits_need_the_neutral_form_and_all_five_tones():
     complete = ["1F44B", *(f"1F44B-{tone}" for tone in TONES)]
     incomplete = ["1F44C", *(f"1F44C-{tone}" for tone in TONES[:4])]
-    edits = demo.tone_edits([emoji(code) for code in complete + incomplete])
-    assert [(e.source.code, e.target.code) for e in edits] == [("1F44B", f"1F44B-{tone}") for tone in TONES]
-    assert edits[3].instructions[0] == "change the skin tone to medium-dark"
-    assert len(demo.tone_edits([emoji(code) for code in complete], between_tones=True)) == 5 + 5 * 4
+    found = edits.tone_edits([emoji(code) for code in complete + incomplete])
+    assert [(e.source.code, e.target.code) for e in found] == [("1F44B", f"1F44B-{tone}") for tone in TONES]
+    assert found[3].instructions[0] == "change the skin tone to medium-dark"
+    assert len(edits.tone_edits([emoji(code) for code in complete], between_tones=True)) == 5 + 5 * 4
 
 
 def test_gender_edits_change_one_person_both_ways():
     codes = ["1F3C3-200D-2642", "1F3C3-200D-2640", "1F468-200D-2695", "1F469-200D-2695", "1F468-200D-1F469-200D-1F466"]
-    pairs = {(e.source.code, e.target.code) for e in demo.gender_edits([emoji(code) for code in codes])}
+    pairs = {(e.source.code, e.target.code) for e in edits.gender_edits([emoji(code) for code in codes])}
     assert pairs == {(codes[0], codes[1]), (codes[1], codes[0]), (codes[2], codes[3]), (codes[3], codes[2])}
-    assert demo.swap_gender("1F468-200D-1F469-200D-1F466") is None
+    assert edits.swap_gender("1F468-200D-1F469-200D-1F466") is None
 
 
 def test_variants_are_held_out_with_their_base():
-    held_out = next(f"{code:X}" for code in range(0x1F400, 0x1F600) if demo.is_held_out(f"{code:X}"))
-    kept = next(f"{code:X}" for code in range(0x1F400, 0x1F600) if not demo.is_held_out(f"{code:X}"))
-    assert all(demo.is_held_out(emoji(f"{held_out}-{tone}").base) for tone in TONES)
-    assert demo.Edit(emoji(kept), emoji(f"{held_out}-{TONES[0]}"), ("x",)).held_out
-    assert 0.03 < sum(demo.is_held_out(str(code)) for code in range(4000)) / 4000 < 0.07
+    held_out = next(f"{code:X}" for code in range(0x1F400, 0x1F600) if emojis.is_held_out(f"{code:X}"))
+    kept = next(f"{code:X}" for code in range(0x1F400, 0x1F600) if not emojis.is_held_out(f"{code:X}"))
+    assert all(emojis.is_held_out(emoji(f"{held_out}-{tone}").base) for tone in TONES)
+    assert edits.Edit(emoji(kept), emoji(f"{held_out}-{TONES[0]}"), ("x",)).held_out
+    assert 0.03 < sum(emojis.is_held_out(str(code)) for code in range(4000)) / 4000 < 0.07
 
 
 def test_questions_of_a_picture_are_dealt_evenly_and_only_the_first_shows_it():
     pairs = [(f"question {index}?", "yes") for index in range(13)]
-    dealt = demo.deal(pairs, 6, "train 1")
+    dealt = questions.deal(pairs, 6, "train 1")
     assert sorted(map(len, dealt)) == [6, 7] and sorted(sum(dealt, [])) == sorted(pairs)
-    turns = demo.conversation("train/1.png", dealt[0])["conversations"]
+    turns = questions.conversation("train/1.png", dealt[0])["conversations"]
     assert [turn["value"].startswith("<image>") for turn in turns[::2]] == [True] + [False] * (len(turns) // 2 - 1)
     assert {turn["from"] for turn in turns[1::2]} == {"gpt"}
 
@@ -109,7 +110,7 @@ def test_parquet_rows_are_dealt_over_files_and_groups_counted(tmp_path):
     import pyarrow as pa
 
     rows = [{"captions": str(index)} for index in range(150)]
-    groups = demo.write_parquet(rows, pa.schema([("captions", pa.string())]), tmp_path / "t2i", files=2)
+    groups = formats.write_parquet(rows, pa.schema([("captions", pa.string())]), tmp_path / "t2i", files=2)
     assert groups == {"00000.parquet": 2, "00001.parquet": 2}
     read = [row["captions"] for name in groups for row in pq.read_table(tmp_path / "t2i" / name).to_pylist()]
     assert sorted(read, key=int) == [row["captions"] for row in rows]
@@ -118,7 +119,7 @@ def test_parquet_rows_are_dealt_over_files_and_groups_counted(tmp_path):
 @pytest.mark.parametrize("val", [False, True])
 def test_data_yaml_is_what_the_trainer_reads(tmp_path, val):
     counts = {name + split: 10 for name in ("t2i", "edit", "vlm") for split in ("", "_val")}
-    demo.write_data_yaml(demo.data_config(counts, val), tmp_path / "data.yaml", "note")
+    formats.write_data_yaml(formats.data_config(counts, val), tmp_path / "data.yaml", "note")
     assert "&id" not in (tmp_path / "data.yaml").read_text()
     groups = load_dataset_groups(str(tmp_path / "data.yaml"))
     assert list(groups) == ["t2i_pretrain", "unified_edit", "vlm_sft"]
@@ -132,7 +133,7 @@ def test_a_second_run_returns_at_once_and_foreign_folders_are_left_alone(tmp_pat
         runs.append(options)
         (folder / "a.txt").write_text("a")
         manifest = {"hash": demo.options_hash(options), "samples": {}, "files": demo.listing(folder)}
-        demo.write_json(manifest, folder / demo.MANIFEST)
+        formats.write_json(manifest, folder / demo.MANIFEST)
         return manifest
 
     monkeypatch.setattr(demo, "fill", fill)
