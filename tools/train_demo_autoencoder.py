@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--out", type=Path, help="train, and write the weights to this folder")
+    task.add_argument("--evaluate", type=Path, help="train nothing: print the held-out scores of this folder's weights")
     parser.add_argument("--start-from", type=Path, help="folder of weights to train on; the shape is then theirs")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="packages and rendered pictures")
     parser.add_argument("--pictures", choices=["emojis", "all"], default="emojis", help="all: easy-vqa's pictures too")
@@ -284,6 +286,9 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_flush_denormal(True)
     pictures, held_out = load_pictures(options.cache, options.pictures)
+    if options.evaluate:
+        print(json.dumps(evaluate(load_autoencoder(options.evaluate), held_out), indent=2))
+        return
     config = AutoencoderConfig(
         resolution=64,
         ch=options.channels,
