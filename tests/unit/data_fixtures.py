@@ -93,7 +93,7 @@ def vlm_line(n: int) -> dict:
 def data_config(**fields) -> DataConfig:
     values = {
         "expected_num_tokens": 120,
-        "max_num_tokens": 150,
+        "max_num_tokens": 130,
         "max_num_tokens_per_sample": 120,
         "prefer_buffer_before": 60,
         "max_buffer_size": 4,

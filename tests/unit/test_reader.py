@@ -56,7 +56,7 @@ def test_packs_keep_limits_and_start_with_the_mandatory_group(reference):
     packs, states = reference
     assert any(state["buffer"] for state in states)  # or the tests below would prove little
     for pack in packs:
-        assert 100 < pack.plan.sequence_length <= 150
+        assert 100 < pack.plan.sequence_length <= 130
         assert pack.groups[0] == "vlm_sft"
         assert len(pack.groups) == len(pack.keys) == len(pack.origins) == pack.plan.sample_lens.numel()
         assert len(pack.vae_images) == len(pack.plan.latent_grids) == len(pack.plan.image_keys)
