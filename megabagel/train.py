@@ -9,7 +9,7 @@ from megabagel.runtime import distributed, failure
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Everything that can be wrong with the configuration is found before any rank allocates memory."""
+    """What the configuration and the headers of its files can tell is checked before any rank allocates memory."""
     with failure.guard(ConfigError, DataError, CheckpointError, AutoencoderError):
         config = load_config(argv)
         check_config(config, distributed.world_size())
