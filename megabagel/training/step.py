@@ -81,7 +81,6 @@ def forward_backward(
     counts: LossCounts,
     training: TrainingConfig,
     rows: int,
-    forward_only: bool = False,
 ) -> Losses:
     """Run all micro-batches through the pipeline; gradients are left in the DDP buffers, summed over data parallel.
 
@@ -99,7 +98,7 @@ def forward_backward(
         num_microbatches=len(micro_batches),
         seq_length=rows,
         micro_batch_size=1,
-        forward_only=forward_only,
+        forward_only=False,
     )
     if not reports:
         return Losses(None, None)
