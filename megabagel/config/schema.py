@@ -52,6 +52,13 @@ class ModelConfig:
     freeze_vae: Literal[True] = True  # the autoencoder is never trained here
     freeze_und: bool = False  # train only what generates pictures (gen weights, latent projections, timestep embedder)
     init_std: float = 0.02  # of weights that start from scratch
+    und_num_experts: int | None = None  # sparse experts in place of the und stream's MLP; null: one dense MLP
+    gen_num_experts: int | None = None  # the same for the gen stream
+    moe_router_topk: int = 2  # experts per token; their weights are normalised to sum 1
+    moe_aux_loss_coeff: float = 0.0  # of the load-balancing loss, averaged over packs
+    moe_z_loss_coeff: float = 0.0  # of the router's z-loss, averaged over packs
+    moe_ffn_hidden_size: int | None = None  # of each sparse expert; null: ffn_hidden_size
+    moe_shared_expert_intermediate_size: int | None = None  # width of an expert that every token passes; null: none
 
 
 @dataclass
@@ -60,6 +67,13 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1  # ranks that split every layer
     pipeline_model_parallel_size: int = 1  # ranks that split the stack of layers
+    virtual_pipeline_model_parallel_size: int | None = None  # interleaved pieces of the stack per rank; null: one piece
+    num_layers_in_first_pipeline_stage: int | None = None  # null: as many as the others
+    num_layers_in_last_pipeline_stage: int | None = None  # null: as many as the others
+    pipeline_split: Literal["even", "auto"] = "even"  # auto: fewer layers where the ViT, embedding and heads cost time
+    context_parallel_size: int = 1  # ranks that split every pack's tokens; they exchange heads for tokens in attention
+    expert_model_parallel_size: int = 1  # ranks that hold different MLPs: und's and gen's, or sparse experts
+    und_expert_ranks: int | None = None  # of those ranks, how many hold und's MLPs, the others gen's; null: half
     sequence_parallel: bool = False  # shard activations between tensor-parallel layers too
     overlap_grad_reduce: bool = False  # reduce gradients while the backward pass runs
     overlap_param_gather: bool = False  # gather updated parameters while the forward pass runs
@@ -111,6 +125,13 @@ class TrainingConfig:
     ce_weight: float = 1.0  # of the text loss
     mse_weight: float = 1.0  # of the picture loss
     ce_loss_reweighting: bool = False  # weigh each text by 1/sqrt(length + 1)
+    recompute_granularity: Literal["full", "selective"] | None = None  # activations computed again in the backward pass
+    recompute_method: Literal["uniform", "block"] = "uniform"  # full: all layers in chunks, or only the first layers
+    recompute_num_layers: int = 1  # full: layers per chunk (uniform), or how many layers per stage (block)
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm"]] = field(
+        default_factory=lambda: ["core_attn"]
+    )  # selective: what is computed again
+    recompute_vit: bool = False  # recompute the layers of a trainable ViT
     seed: int = 4396  # initial weights
 
 
