@@ -5,6 +5,7 @@ Every rank reads only the slices that it holds. Run checkpoints (optimizer, movi
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
+from megabagel.models.expert_mark import is_expert
 
 AnySource = SafetensorsFolder | Pretrained | Scratch
 
@@ -41,27 +43,33 @@ def open_source(config: Config) -> AnySource:
 
 def stage_rules(stage: Bagel) -> dict[str, Rule]:
     """The tensor map of every parameter of a stage: parameter name -> rule."""
-    offset = get_transformer_layer_offset(stage.config)
+    offset = get_transformer_layer_offset(stage.config, stage.vp_stage)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    ep_rank = parallel_state.get_expert_model_parallel_rank()
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
     return {
-        name: rule_for(name, parameter.shape, offset, tp_size, stage.model_config)
+        name: rule_for(
+            name, parameter.shape, offset, tp_size, stage.model_config, is_expert(parameter), (ep_rank, ep_size)
+        )
         for name, parameter in stage.named_parameters()
     }
 
 
 @torch.no_grad()
-def load_weights(stage: Bagel, source: AnySource) -> None:
-    """Fill every parameter of `stage`; every rank must call it.
+def load_weights(stages: Sequence[Bagel], source: AnySource) -> None:
+    """Fill every parameter of this rank's stages; every rank must call it.
 
     Raises CheckpointError on the first tensor that is missing or has another shape.
     """
-    rules = stage_rules(stage)
-    _check_tables(source, stage.model_config)
-    _warn_about_unused(source, {name for rule in rules.values() for name in rule.names}, stage.model_config)
+    model = stages[0].model_config
+    rules = [stage_rules(stage) for stage in stages]
+    _check_tables(source, model)
+    _warn_about_unused(source, {name for of_stage in rules for rule in of_stage.values() for name in rule.names}, model)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in stage.named_parameters():
-        parameter.copy_(import_shard(source, rules[name], tp_rank, tp_size))
+    for stage, of_stage in zip(stages, rules, strict=True):
+        for name, parameter in stage.named_parameters():
+            parameter.copy_(import_shard(source, of_stage[name], tp_rank, tp_size))
 
 
 def _check_tables(source: AnySource, model: ModelConfig) -> None:
@@ -81,9 +89,10 @@ def _check_tables(source: AnySource, model: ModelConfig) -> None:
 
 
 def _warn_about_unused(source: AnySource, on_this_stage: set[str], model: ModelConfig) -> None:
-    """One warning about stored tensors that no stage of the model takes."""
-    stages = [on_this_stage] * parallel_state.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, on_this_stage, group=parallel_state.get_pipeline_model_parallel_group())
+    """One warning about stored tensors that no stage of the model takes, whichever experts a rank holds of it."""
+    group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
+    stages = [on_this_stage] * group.size()
+    dist.all_gather_object(stages, on_this_stage, group=group)
     unused = source.names() - set().union(*stages) - {LATENT_TABLE, VIT_TABLE}
     if model.tie_word_embeddings:
         unused.discard(LM_HEAD)

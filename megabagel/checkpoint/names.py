@@ -31,6 +31,10 @@ _OUTSIDE_LAYERS: tuple[_Row, ...] = (
     (r"heads\.lm_head\.weight", ("language_model.lm_head.weight",), 0, None),
     (r"heads\.(llm2vae\.\w+)", (r"\1",), None, None),
 )
+_NUMBER = r"(?P<expert>\d+)"  # of an expert among those of its rank
+_SEQUENTIAL = r"mlp\.experts\.local_experts\." + _NUMBER + r"\."
+_EXPERT_FC1 = ("mlp{t}.experts.{e}.gate_proj.weight", "mlp{t}.experts.{e}.up_proj.weight")
+_EXPERT_FC2 = ("mlp{t}.experts.{e}.down_proj.weight",)
 # Inside `decoder.layers.{i}.und.` or `.gen.`; `{t}` is the suffix of the gen twin. A part that the streams share exists
 # under `und` only, so the layer variants need no rows of their own.
 _IN_STREAM: tuple[_Row, ...] = (
@@ -42,6 +46,19 @@ _IN_STREAM: tuple[_Row, ...] = (
     (r"pre_mlp_layernorm\.weight", ("post_attention_layernorm{t}.weight",), None, None),
     (r"mlp\.linear_fc1\.weight", ("mlp{t}.gate_proj.weight", "mlp{t}.up_proj.weight"), 0, GATED),
     (r"mlp\.linear_fc2\.weight", ("mlp{t}.down_proj.weight",), 1, None),
+    # sparse experts, by the names of Qwen's sparse models; `{e}` counts over all expert-parallel ranks
+    (r"mlp\.router\.weight", ("mlp{t}.gate.weight",), None, None),
+    (_SEQUENTIAL + r"linear_fc1\.weight", _EXPERT_FC1, None, GATED),
+    (_SEQUENTIAL + r"linear_fc2\.weight", _EXPERT_FC2, None, None),
+    (r"mlp\.experts\.linear_fc1\.weight" + _NUMBER, _EXPERT_FC1, None, GATED),
+    (r"mlp\.experts\.linear_fc2\.weight" + _NUMBER, _EXPERT_FC2, None, None),
+    (
+        r"mlp\.shared_experts\.linear_fc1\.weight",
+        ("mlp{t}.shared_expert.gate_proj.weight", "mlp{t}.shared_expert.up_proj.weight"),
+        0,
+        GATED,
+    ),
+    (r"mlp\.shared_experts\.linear_fc2\.weight", ("mlp{t}.shared_expert.down_proj.weight",), 1, None),
 )
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(und|gen)\.(.+)")
 GEN_SUFFIX = {"und": "", "gen": "_moe_gen"}
@@ -70,9 +87,19 @@ class Source(Protocol):
         """Rows `start` to `stop` along `dim` (None: all) of the tensor `name`, whose whole shape must be `shape`."""
 
 
-def rule_for(parameter: str, local_shape: Iterable[int], layer_offset: int, tp_size: int, model: ModelConfig) -> Rule:
+def rule_for(
+    parameter: str,
+    local_shape: Iterable[int],
+    layer_offset: int,
+    tp_size: int,
+    model: ModelConfig,
+    whole_on_rank: bool = False,
+    expert_parallel: tuple[int, int] = (0, 1),
+) -> Rule:
     """The rule of a stage's parameter of `local_shape`; its first decoder layer is layer `layer_offset` of the model.
 
+    `whole_on_rank`: not split over tensor-parallel ranks although the table says so (marked expert parameters).
+    `expert_parallel`: this rank among how many that divide a stream's sparse experts.
     Raises KeyError when the table has no row for the parameter.
     """
     local_shape = tuple(local_shape)
@@ -82,9 +109,15 @@ def rule_for(parameter: str, local_shape: Iterable[int], layer_offset: int, tp_s
         prefix = f"language_model.model.layers.{int(layer[1]) + layer_offset}."
         twin, rows, name = GEN_SUFFIX[layer[2]], _IN_STREAM, layer[3]
     match, templates, tp_dim, merge = _row(rows, name, parameter)
+    if "expert" in match.re.groupindex:
+        rank, size = expert_parallel
+        experts = model.und_num_experts if layer[2] == "und" else model.gen_num_experts
+        templates = tuple(t.replace("{e}", str(rank * (experts // size) + int(match["expert"]))) for t in templates)
     names = tuple(prefix + match.expand(template).replace("{t}", twin) for template in templates)
     if model.tie_word_embeddings and names == (LM_HEAD,):
         names = (EMBEDDING,)
+    if whole_on_rank:
+        tp_dim = None
     whole = list(local_shape)
     if tp_dim is not None:
         whole[tp_dim] *= tp_size
