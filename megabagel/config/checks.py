@@ -1,16 +1,19 @@
 """Every rule that a configuration must obey before a run may start, one sentence each.
 
-Rules about numbers and their combinations are here; rules about files (weights, tokenizer, data) in `checks_files.py`.
+Rules about numbers and their combinations are here, those about the layout over ranks in `checks_parallel.py`, about
+experts in `checks_experts.py` and about files (weights, tokenizer, data) in `checks_files.py`.
 No rule imports torch: a wrong configuration is found before any memory is taken.
 """
 
 from collections.abc import Iterator
 
+from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
+from megabagel.config.checks_parallel import layout_faults, world_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config
 
-__all__ = ["ConfigError", "check_config", "check_model"]
+__all__ = ["ConfigError", "check_config", "check_layout", "check_model"]
 
 _CONNECTOR_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "relu", "silu")
 
@@ -19,19 +22,26 @@ def check_config(config: Config, world_size: int) -> None:
     """Raise ConfigError with the first fault of `config` on `world_size` processes; return when there is none."""
     check_model(config)
     for faults in (_budgets, _optimizer):
-        for fault in faults(config):
-            raise ConfigError(fault)
-    for fault in _world(config, world_size):
-        raise ConfigError(fault)
-    for fault in file_faults(config):
-        raise ConfigError(fault)
+        _refuse(faults(config))
+    _refuse(world_faults(config, world_size))
+    _refuse(file_faults(config))
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """The rules about the model, its layout and the batch, for programs that read no data. Raises ConfigError."""
+    check_model(config)
+    _refuse(world_faults(config, world_size))
 
 
 def check_model(config: Config) -> None:
-    """The rules about the model and its layout alone, for programs that train on no data. Raises ConfigError."""
-    for faults in (_ranges, _model, _freezing, _parallel):
-        for fault in faults(config):
-            raise ConfigError(fault)
+    """The rules about the model and its layout that hold on any number of processes. Raises ConfigError."""
+    for faults in (_ranges, _model, _freezing, expert_faults, layout_faults):
+        _refuse(faults(config))
+
+
+def _refuse(faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise ConfigError(fault)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -39,22 +49,28 @@ def _ranges(config: Config) -> Iterator[str]:
     model, data, training = config.model, config.data, config.training
     positive = {
         "model": (model, "hidden_size num_layers num_attention_heads num_query_groups ffn_hidden_size vocab_size "
-                  "rotary_base layernorm_epsilon latent_patch_size max_latent_size timestep_shift init_std"),
+                  "rotary_base layernorm_epsilon latent_patch_size max_latent_size timestep_shift init_std "
+                  "und_num_experts gen_num_experts moe_router_topk moe_ffn_hidden_size "
+                  "moe_shared_expert_intermediate_size"),
         "model.vit": (model.vit, "hidden_size num_layers num_attention_heads ffn_hidden_size patch_size "
                       "max_num_patch_per_side layernorm_epsilon"),
         "model.vae": (model.vae, "resolution in_channels downsample ch out_ch num_res_blocks z_channels scale_factor "
                       "num_groups"),
-        "parallel": (config.parallel, "tensor_model_parallel_size pipeline_model_parallel_size"),
+        "parallel": (config.parallel, "tensor_model_parallel_size pipeline_model_parallel_size "
+                     "virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
+                     "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size "
+                     "und_expert_ranks"),
         "data": (data, "expected_num_tokens max_num_tokens max_num_tokens_per_sample prefetch_factor"),
         "optimizer": (config.optimizer, "lr adam_eps"),
-        "training": (training, "train_steps global_batch_size"),
+        "training": (training, "train_steps global_batch_size recompute_num_layers"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
     for group, (values, names) in positive.items():
         for name in names.split():
-            if not (value := getattr(values, name)) > 0:
+            if (value := getattr(values, name)) is not None and not value > 0:
                 yield f"{group}.{name} is {value}, but must be greater than 0."
     not_negative = {
+        "model": (model, "moe_aux_loss_coeff moe_z_loss_coeff"),
         "data": (data, "prefer_buffer_before max_buffer_size num_workers seed"),
         "optimizer": (config.optimizer, "min_lr lr_warmup_steps weight_decay clip_grad"),
         "training": (training, "ce_weight mse_weight seed"),
@@ -139,52 +155,6 @@ def _freezing(config: Config) -> Iterator[str]:
         yield "training.ce_weight and training.mse_weight are both 0, so nothing would be learnt; raise one of them."
     if config.training.ce_weight == 0 and not model.visual_gen:
         yield "training.ce_weight is 0 and model.visual_gen is false, so no loss is left; raise ce_weight."
-
-
-def _parallel(config: Config) -> Iterator[str]:
-    """What every tensor-parallel rank and every pipeline stage must get an equal share of."""
-    model, parallel = config.model, config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if (value := getattr(model, name)) % tp:
-            yield (
-                f"model.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}; "
-                f"{_divisors(value, tp)}"
-            )
-    if model.num_layers % pp:
-        yield (
-            f"model.num_layers {model.num_layers} does not divide by parallel.pipeline_model_parallel_size {pp}; "
-            f"{_divisors(model.num_layers, pp)}"
-        )
-    if parallel.sequence_parallel and tp == 1:
-        yield (
-            "parallel.sequence_parallel needs parallel.tensor_model_parallel_size above 1, for it shards activations "
-            "over the tensor-parallel ranks; raise the size or turn it off."
-        )
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        yield "parallel.overlap_param_gather needs parallel.overlap_grad_reduce; set both to true or both to false."
-
-
-def _divisors(value: int, wanted: int) -> str:
-    allowed = [n for n in range(1, 2 * wanted + 1) if value % n == 0]
-    return f"sizes that do are {', '.join(map(str, allowed))}."
-
-
-def _world(config: Config, world_size: int) -> Iterator[str]:
-    """Layout against the number of processes and the batch."""
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    replica = tp * pp
-    if world_size % replica:
-        yield (
-            f"{world_size} processes do not divide into model replicas of {replica} (tensor_model_parallel_size {tp} x "
-            f"pipeline_model_parallel_size {pp}); start a multiple of {replica} processes or change the sizes."
-        )
-    replicas = world_size // replica
-    if config.training.global_batch_size % replicas:
-        yield (
-            f"training.global_batch_size {config.training.global_batch_size} does not divide by the {replicas} model "
-            f"replicas ({world_size} processes / {replica}); set it to a multiple of {replicas}."
-        )
 
 
 def _budgets(config: Config) -> Iterator[str]:

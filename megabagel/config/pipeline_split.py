@@ -1,11 +1,11 @@
-"""How many decoder layers each pipeline stage gets when the stages shall take equal time (`pipeline_split: auto`).
+"""How many decoder layers each pipeline stage gets: evenly, with other ends, or so that all take equal time (`auto`).
 
-Counts floating-point operations of a typical token; measures nothing and knows nothing of megatron-core's modules.
+The last counts floating-point operations of a typical token; nothing is measured, and no megatron-core is needed.
 """
 
 from dataclasses import dataclass
 
-from megabagel.config.schema import DataConfig, ModelConfig
+from megabagel.config.schema import DataConfig, ModelConfig, ParallelConfig
 
 _TIME_CHANNELS = 256  # of the sinusoid that the timestep embedder reads
 
@@ -29,6 +29,35 @@ class TokenMix:
 
 
 RECIPE = TokenMix()
+
+
+def stage_layers(model: ModelConfig, data: DataConfig | None, parallel: ParallelConfig) -> list[int]:
+    """Decoder layers of every virtual stage in the order of the layers: of all ranks' first chunks, then their second.
+
+    The configuration must be legal (`checks_parallel.py`).
+    """
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if parallel.pipeline_split == "auto":
+        return split_layers(model, data, pp * vp)
+    ends = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    rest = model.num_layers - sum(end or 0 for end in ends)
+    others = pp - sum(end is not None for end in ends)
+    per_rank = [rest // max(others, 1)] * pp
+    if ends[0] is not None:
+        per_rank[0] = ends[0]
+    if ends[1] is not None:
+        per_rank[-1] = ends[1]
+    return [layers // vp for layers in per_rank] * vp
+
+
+def is_legal_split(layers: int, pp: int, vp: int | None, first: int | None, last: int | None) -> bool:
+    """Whether ranks can hold `layers` evenly but for the first and last rank's numbers, each in `vp` equal chunks."""
+    vp = vp or 1
+    ends = [end for end in (first, last) if end is not None]
+    rest, others = layers - sum(ends), pp - len(ends)
+    if any(end < 1 or end % vp for end in ends) or others < 0:
+        return False
+    return rest == 0 if others == 0 else rest > 0 and rest % (others * vp) == 0
 
 
 def split_layers(model: ModelConfig, data: DataConfig | None, stages: int, mix: TokenMix = RECIPE) -> list[int]:

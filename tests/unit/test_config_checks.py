@@ -75,7 +75,7 @@ ONE_SETTING = [
     ("--parallel.tensor_model_parallel_size=4", "model.num_query_groups 2 does not divide by parallel.tensor_model"
      "_parallel_size 4; sizes that do are 1, 2."),
     ("--parallel.pipeline_model_parallel_size=3", "model.num_layers 4 does not divide by parallel.pipeline_model"
-     "_parallel_size 3; sizes that do are 1, 2, 4."),
+     "_parallel_size 3; sizes that do are 1, 2, 4, or set"),
     ("--parallel.tensor_model_parallel_size=2", "1 processes do not divide into model replicas of 2"),
     # what is trained
     ("--training.ce_weight=0 --training.mse_weight=0", "training.ce_weight and training.mse_weight are both 0"),

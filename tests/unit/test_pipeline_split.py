@@ -1,14 +1,24 @@
 """The automatic pipeline split is the best one there is under its costs, and megatron-core accepts its layout."""
 
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
+import torch
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.load import load_config
-from megabagel.config.pipeline_split import TokenMix, megatron_layout, split_layers, stage_costs
-from megabagel.config.schema import DataConfig, ModelConfig
+from megabagel.config.pipeline_split import (
+    TokenMix,
+    is_legal_split,
+    megatron_layout,
+    split_layers,
+    stage_costs,
+    stage_layers,
+)
+from megabagel.config.schema import DataConfig, ModelConfig, ParallelConfig
 
 QUESTIONS = TokenMix(vit=90, vae=0, ce=5, mse=0)  # packs of questions about pictures: the ViT counts
 TEXT = TokenMix(vit=0, vae=0, ce=95, mse=0)  # packs of text: the vocabulary head counts
@@ -82,3 +92,50 @@ def test_megatron_core_reads_the_layout_with_chunks_in_the_order_of_the_layers()
     read.validate_layer_layout(num_layers=8, mtp_num_layers=None)
     chunks = [[stage.count(stage[-1] if len(stage) == 1 else stage[1]) for stage in rank] for rank in read.layout]
     assert chunks == [[1, 3], [2, 2]]  # rank 0 holds virtual stages 0 and 2, rank 1 the others
+
+
+def built_by_megatron_core(layers: int, parallel: ParallelConfig) -> list[int] | None:
+    """Layers of every virtual stage as megatron-core builds them; None when it refuses."""
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    try:
+        config = TransformerConfig(
+            num_layers=layers,
+            hidden_size=8,
+            num_attention_heads=1,
+            pipeline_dtype=torch.float32,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        )
+        return [get_num_layers_to_build(config, chunk, rank) for chunk, rank in product(range(vp or 1), range(pp))]
+    except (ValueError, AssertionError):
+        return None
+
+
+@pytest.mark.parametrize("vp", [None, 2, 3])
+@pytest.mark.parametrize("pp", [2, 3, 4])
+def test_even_and_uneven_splits_are_those_of_megatron_core(pp, vp):
+    ends = [None, 1, 2, 3, 4, 6]
+    seen = set()
+    for layers, first, last in product([6, 8, 12], ends, ends):
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            num_layers_in_first_pipeline_stage=first,
+            num_layers_in_last_pipeline_stage=last,
+        )
+        wanted = built_by_megatron_core(layers, parallel)
+        legal = wanted is not None and min(wanted) >= 1
+        assert is_legal_split(layers, pp, vp, first, last) == legal, (layers, first, last)
+        if legal:
+            assert stage_layers(replace(ModelConfig(), num_layers=layers), None, parallel) == wanted
+        seen.add(legal)
+    assert seen == {True, False}
+
+
+def test_an_automatic_split_counts_virtual_stages():
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, pipeline_split="auto"
+    )
+    assert stage_layers(ModelConfig(), None, parallel) == split_layers(ModelConfig(), None, 8)
