@@ -15,11 +15,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
+from megabagel.checkpoint.upcycling import Upcycled, dense_twin
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
 from megabagel.models.expert_mark import is_expert
 
-AnySource = SafetensorsFolder | Pretrained | Scratch
+AnySource = SafetensorsFolder | Pretrained | Scratch | Upcycled
 
 LATENT_TABLE, VIT_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 logger = logging.getLogger(__name__)
@@ -30,15 +31,18 @@ def open_source(config: Config) -> AnySource:
 
     Raises CheckpointError when a folder or its files are missing or damaged.
     """
-    wanted = config.checkpoint
+    wanted, model = config.checkpoint, config.model
+    scratch = Scratch(config.training.seed, model.init_std)
     if wanted.init_from:
         other = "model" if wanted.init_weights == "ema" else "ema"
-        return SafetensorsFolder(wanted.init_from, (wanted.init_weights, other))
-    scratch = Scratch(config.training.seed, config.model.init_std)
-    if wanted.init_llm or wanted.init_vit:
+        source = SafetensorsFolder(wanted.init_from, (wanted.init_weights, other))
+    elif wanted.init_llm or wanted.init_vit:
         llm, vit = (SafetensorsFolder(f) if f else None for f in (wanted.init_llm, wanted.init_vit))
-        return Pretrained(llm, vit, scratch)
-    return scratch
+        source = Pretrained(llm, vit, scratch)
+    else:
+        return scratch
+    is_sparse = model.und_num_experts is not None or model.gen_num_experts is not None
+    return Upcycled(source, scratch) if is_sparse else source
 
 
 def stage_rules(stage: Bagel) -> dict[str, Rule]:
@@ -70,6 +74,8 @@ def load_weights(stages: Sequence[Bagel], source: AnySource) -> None:
     for stage, of_stage in zip(stages, rules, strict=True):
         for name, parameter in stage.named_parameters():
             parameter.copy_(import_shard(source, of_stage[name], tp_rank, tp_size))
+    if isinstance(source, Upcycled) and source.has_copied and dist.get_rank() == 0:
+        logger.warning(f"{source.folder} has dense MLPs: sparse experts start as copies of them, with new routers")
 
 
 def _check_tables(source: AnySource, model: ModelConfig) -> None:
@@ -93,7 +99,9 @@ def _warn_about_unused(source: AnySource, on_this_stage: set[str], model: ModelC
     group = parallel_state.get_expert_tensor_model_pipeline_parallel_group()
     stages = [on_this_stage] * group.size()
     dist.all_gather_object(stages, on_this_stage, group=group)
-    unused = source.names() - set().union(*stages) - {LATENT_TABLE, VIT_TABLE}
+    taken = set().union(*stages)
+    taken |= {dense_twin(name) for name in taken}  # experts may be copies of it
+    unused = source.names() - taken - {LATENT_TABLE, VIT_TABLE}
     if model.tie_word_embeddings:
         unused.discard(LM_HEAD)
     if unused and dist.get_rank() == 0:

@@ -69,6 +69,9 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    def holds(self, name: str) -> bool:
+        return name in self._file_of
+
     def _slice(self, name: str):
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}, which the configured model needs")
@@ -147,6 +150,11 @@ class Pretrained:
     def __init__(self, llm: SafetensorsFolder | None, vit: SafetensorsFolder | None, scratch: Scratch):
         self.llm, self.vit, self.scratch = llm, vit, scratch
 
+    @property
+    def folder(self) -> Path:
+        """Where the language model is from, or else the ViT."""
+        return (self.llm or self.vit).folder
+
     def close(self) -> None:
         for part in (self.llm, self.vit):
             if part:
@@ -156,6 +164,14 @@ class Pretrained:
         """Empty: these folders hold tensors (text tower, pooling head) that BAGEL has no use for."""
         return set()
 
+    def holds(self, name: str) -> bool:
+        """Whether the language model has the tensor; names of its own parts only."""
+        return self.llm is not None and self.llm.holds(_in_llm(name))
+
+    def shape(self, name: str) -> Shape:
+        """Of a tensor that the language model holds; raises CheckpointError when it does not."""
+        return self.llm.shape(_in_llm(name))
+
     def read(self, name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
         """See `names.Source`."""
         if self.vit and name.startswith("vit_model."):
@@ -163,13 +179,11 @@ class Pretrained:
                 return self._patch_embedding(shape)
             return self.vit.read(name.removeprefix("vit_model."), shape, dim, start, stop)
         if self.llm and name.startswith("language_model."):
-            und = und_twin(name)
-            stored = self.llm.names()
-            if und == LM_HEAD and und.removeprefix("language_model.") not in stored:
-                und = EMBEDDING
-            theirs = und.removeprefix("language_model.")
+            theirs = _in_llm(name)
+            if name == LM_HEAD and not self.llm.holds(theirs):
+                theirs = _in_llm(EMBEDDING)
             # Qwen2.5 has no norms on q and k: they start as identity gains
-            if theirs in stored or not theirs.endswith(("q_norm.weight", "k_norm.weight")):
+            if self.llm.holds(theirs) or not theirs.endswith(("q_norm.weight", "k_norm.weight")):
                 return self.llm.read(theirs, shape, dim, start, stop)
         return self.scratch.read(name, shape, dim, start, stop)
 
@@ -180,6 +194,10 @@ class Pretrained:
         if len(self.vit.shape(name)) == 2:
             return self.vit.read(name, shape, None, 0, 0)
         return self.vit.read(name, (shape[0], 3, side, side), None, 0, 0).permute(0, 2, 3, 1).reshape(shape)
+
+
+def _in_llm(name: str) -> str:
+    return und_twin(name).removeprefix("language_model.")
 
 
 def und_twin(name: str) -> str:
