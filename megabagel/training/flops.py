@@ -45,7 +45,10 @@ def pack_flops(plan: PackPlan, model: ModelConfig) -> float:
     decoder = 2 if model.freeze_llm else 3
     und_factor, gen_factor = (1 if model.freeze_und else decoder), decoder
     und, gen = plan.und_index.numel(), plan.gen_index.numel()
-    total = _linear_per_token(model) * model.num_layers * (und_factor * und + gen_factor * gen)
+    total = model.num_layers * (
+        und_factor * und * _linear_per_token(model, model.und_num_experts)
+        + gen_factor * gen * _linear_per_token(model, _gen_num_experts(model))
+    )
     und_pairs, gen_pairs = _attention_pairs(plan)
     backward_attention = 1 if model.freeze_und else 3
     total += 4 * model.hidden_size * model.num_layers * (backward_attention * und_pairs + 3 * gen_pairs)
@@ -55,11 +58,21 @@ def pack_flops(plan: PackPlan, model: ModelConfig) -> float:
     return float(total + _vision(plan, model))
 
 
-def _linear_per_token(model: ModelConfig) -> int:
-    """Forward FLOPs of a layer's projections for one token: QKV, output, gated MLP."""
+def _gen_num_experts(model: ModelConfig) -> int | None:
+    """Sparse experts that gen tokens choose from: und's where the streams share one MLP; None: a dense MLP."""
+    return model.und_num_experts if model.layer_variant == "dense" else model.gen_num_experts
+
+
+def _linear_per_token(model: ModelConfig, experts: int | None) -> int:
+    """Forward FLOPs of a layer's projections for one token: QKV, output, and the gated MLP or the experts it passes."""
     head_dim = model.hidden_size // model.num_attention_heads
-    qkv = model.hidden_size * (model.hidden_size + 2 * model.num_query_groups * head_dim)
-    return 2 * (qkv + model.hidden_size**2 + 3 * model.hidden_size * model.ffn_hidden_size)
+    width = model.hidden_size + 2 * model.num_query_groups * head_dim + model.hidden_size  # QKV, output
+    if experts is None:
+        width += 3 * model.ffn_hidden_size
+    else:
+        routed = model.moe_router_topk * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+        width += 3 * (routed + (model.moe_shared_expert_intermediate_size or 0)) + experts
+    return 2 * model.hidden_size * width
 
 
 def _attention_pairs(plan: PackPlan) -> tuple[int, int]:

@@ -151,6 +151,23 @@ def test_flops_count_visible_pairs_and_loss_rows(case):
     assert pack_flops(plan, model) - pack_flops(plan, frozen_llm) == layers * 2 * matrices * tokens + head
 
 
+def test_flops_of_sparse_experts_are_those_that_a_token_passes():
+    plan, _, _ = golden_plan("public-basic")
+    dense = load_config(["--model.folder", str(GOLDEN / "public-basic" / "ckpt")]).model
+    h, f, layers = dense.hidden_size, dense.ffn_hidden_size, dense.num_layers
+    und, gen = len(plan.und_index), len(plan.gen_index)
+    alike = dataclasses.replace(dense, gen_num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=f // 2)
+    router = 3 * 2 * h * 8 * layers
+    assert pack_flops(plan, alike) - pack_flops(plan, dense) == router * gen
+    both = dataclasses.replace(alike, und_num_experts=8)
+    assert pack_flops(plan, both) - pack_flops(plan, alike) == router * und
+    shared = dataclasses.replace(both, moe_shared_expert_intermediate_size=10, moe_ffn_hidden_size=None)
+    more = 3 * 2 * h * 3 * (10 + f) * layers
+    assert pack_flops(plan, shared) - pack_flops(plan, both) == more * (und + gen)
+    one_mlp = dataclasses.replace(dense, layer_variant="dense", und_num_experts=8, moe_ffn_hidden_size=f // 2)
+    assert pack_flops(plan, one_mlp) == pack_flops(plan, both)
+
+
 def test_peaks_are_known_by_device_name_and_only_for_bf16():
     assert peak_tflops("NVIDIA H100 80GB HBM3", "bf16") == peak_tflops("NVIDIA H200", "bf16") == 989.0
     assert peak_tflops("NVIDIA H100 PCIe", "bf16") == 756.0
