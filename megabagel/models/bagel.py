@@ -13,40 +13,49 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from megabagel.config.schema import ModelConfig
+from megabagel.config.schema import ModelConfig, ParallelConfig
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
 from megabagel.models.heads import OutputHeads, RowLosses
 from megabagel.models.routing import route
 from megabagel.models.specs import block_spec
+from megabagel.packing.chunk import chunk_of
 from megabagel.packing.plan import PackPlan
 
 
 class Bagel(MegatronModule):
-    """A stage; `pre_process` and `post_process` say whether it is the first and the last."""
+    """A stage; `pre_process` and `post_process` say whether it is the first and the last.
+
+    `vp_stage`: which of this rank's stages it is under interleaved pipeline parallelism, None without.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         model: ModelConfig,
+        parallel: ParallelConfig,
         groups: ProcessGroupCollection,
-        pre_process: bool,
-        post_process: bool,
+        vp_stage: int | None = None,
     ):
         super().__init__(config)
         self.model_config = model
-        self.pre_process, self.post_process = pre_process, post_process
+        self.vp_stage = vp_stage  # read by the pipeline schedules
+        self.cp_rank, self.cp_size = groups.cp.rank(), groups.cp.size()
+        position = {"ignore_virtual": False, "vp_stage": vp_stage}
+        self.pre_process = pre_process = parallel_state.is_pipeline_first_stage(**position)
+        self.post_process = post_process = parallel_state.is_pipeline_last_stage(**position)
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         self.share_embeddings_and_output_weights = model.tie_word_embeddings  # read by finalize_model_grads
         if pre_process:
             self.embeddings = InputEmbeddings(config, model, groups.tp)
-        layers = get_num_layers_to_build(config, pp_rank=groups.pp.rank())
+        layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            block_spec(model.layer_variant, model.freeze_und, layers),
+            block_spec(model, parallel, groups.ep.rank(), layers),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
         if post_process:
             own_lm_head = not (model.tie_word_embeddings and pre_process)
@@ -68,8 +77,11 @@ class Bagel(MegatronModule):
         """plan on the CPU; inputs on the device (first and last stage). -> hidden [rows, 1, hidden] or losses."""
         config = self.config
         device = torch.device(next(self.parameters()).device)
-        routing = route(plan, config.kv_channels, self.model_config.rotary_base, device)
-        hidden = self.embeddings(routing.plan, inputs) if self.pre_process else None
+        chunk = chunk_of(plan, self.cp_rank, self.cp_size)
+        routing = route(
+            plan, chunk, self.cp_rank, self.cp_size, config.kv_channels, self.model_config.rotary_base, device
+        )
+        hidden = self.embeddings(routing.plan, routing.chunk, inputs) if self.pre_process else None
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=routing)
         if not self.post_process:
             return hidden

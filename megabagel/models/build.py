@@ -1,4 +1,4 @@
-"""From the configuration to this rank's model stage: megatron-core's config, the meta-free module, what is frozen.
+"""From the configuration to this rank's model stages: megatron-core's config, the modules, what is frozen.
 
 Weights are left uninitialised; `checkpoint/hf.py` fills them, also when training from scratch.
 """
@@ -6,13 +6,14 @@ Weights are left uninitialised; `checkpoint/hf.py` fills them, also when trainin
 import re
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megabagel.config.schema import Config, ModelConfig
+from megabagel.config.schema import Config, ModelConfig, TrainingConfig
 from megabagel.models.bagel import Bagel
+from megabagel.models.specs import und_expert_ranks
+from megabagel.runtime.expert_groups import share_experts
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,7 +51,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        # batched sends and receives give wrong gradients in the interleaved schedule
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_recompute(config.training),
         calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -58,6 +67,20 @@ def transformer_config(config: Config) -> TransformerConfig:
         # gloo has no stream order between a send and the release of its buffer
         deallocate_pipeline_outputs=torch.cuda.is_available(),
     )
+
+
+def _recompute(training: TrainingConfig) -> dict:
+    """megatron-core wants the settings of the other granularity to be absent."""
+    granularity = training.recompute_granularity
+    if granularity == "selective":
+        return {"recompute_granularity": granularity, "recompute_modules": list(training.recompute_modules)}
+    if granularity == "full":
+        return {
+            "recompute_granularity": granularity,
+            "recompute_method": training.recompute_method,
+            "recompute_num_layers": training.recompute_num_layers,
+        }
+    return {}
 
 
 def freeze(stage: Bagel, model: ModelConfig) -> None:
@@ -70,18 +93,19 @@ def freeze(stage: Bagel, model: ModelConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def build_stage(config: Config, device: torch.device) -> Bagel:
-    """This rank's stage on `device`, weights uninitialised, frozen parameters marked."""
+def build_stages(config: Config, device: torch.device) -> list[Bagel]:
+    """This rank's stages on `device`, weights uninitialised, frozen parameters marked; several when interleaved."""
+    if (und_ranks := und_expert_ranks(config.model, config.parallel)) is not None:
+        share_experts(und_ranks)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    with torch.device(device):
-        stage = Bagel(
-            transformer_config(config),
-            config.model,
-            groups,
-            parallel_state.is_pipeline_first_stage(),
-            parallel_state.is_pipeline_last_stage(),
-        )
-    # tables are computed, on whatever device was current; parameters are already where they belong
-    stage.to(device)
-    freeze(stage, config.model)
-    return stage
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    settings = transformer_config(config)
+    stages = []
+    for vp_stage in [None] if virtual is None else range(virtual):
+        with torch.device(device):
+            stage = Bagel(settings, config.model, config.parallel, groups, vp_stage)
+        # tables are computed, on whatever device was current; parameters are already where they belong
+        stage.to(device)
+        freeze(stage, config.model)
+        stages.append(stage)
+    return stages

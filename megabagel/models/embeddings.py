@@ -1,7 +1,7 @@
 """The first pipeline stage's part: text, pictures to understand and latents become the rows of the two streams.
 
-Every weight is used on every step: a padding row receives a dummy token and a dummy patch, so that gradient
-buckets complete and no rank waits when a pack lacks text or images. Padding rows never reach attention or a loss.
+A rank computes the rows of its own chunk. Every weight is used on every step: a row that is dropped again receives a
+dummy token and a dummy patch, so that gradient buckets complete and no rank waits when a chunk lacks text or images.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from megabagel.config.schema import ModelConfig
 from megabagel.models.flow import TimestepEmbedder, flow_times, interpolate
 from megabagel.models.position_tables import sincos_table
 from megabagel.models.vision import VisionMLP, VisionTower
+from megabagel.packing.chunk import Chunk
 from megabagel.packing.plan import PackPlan
 
 
@@ -49,18 +50,19 @@ class UndEmbeddings(MegatronModule):
         features = self.connector(self.vit(patches, position_ids, seqlens))
         return features + self.vit_pos_embed[position_ids].to(features.dtype)
 
-    def forward(self, plan: PackPlan, vit_patches: Tensor) -> Tensor:
-        """-> [und_length, hidden]."""
-        spare = plan.und_index.numel()  # the first padding row
-        tokens = self.word_embeddings(pad(plan.text_ids, (0, 1))[None])[0]
-        rows = tokens.new_zeros(plan.und_length, tokens.shape[-1])
-        rows = rows.index_add(0, pad(plan.text_rows, (0, 1), value=spare), tokens)
+    def forward(self, plan: PackPlan, chunk: Chunk, vit_patches: Tensor) -> Tensor:
+        """-> [chunk.und_length, hidden]."""
+        spare = chunk.und_length  # an extra row
+        tokens = self.word_embeddings(pad(chunk.text_ids, (0, 1))[None])[0]
+        rows = tokens.new_zeros(chunk.und_length + 1, tokens.shape[-1])
+        rows = rows.index_add(0, pad(chunk.text_rows, (0, 1), value=spare), tokens)
         if hasattr(self, "vit"):
             features = self.image_features(
                 pad(vit_patches, (0, 0, 0, 1)), pad(plan.vit_position_ids, (0, 1)), [*plan.vit_seqlens.tolist(), 1]
             )
-            rows = rows.index_add(0, pad(plan.vit_rows, (0, 1), value=spare), features)
-        return rows
+            features = features[pad(chunk.vit_tokens, (0, 1), value=len(features) - 1)]
+            rows = rows.index_add(0, pad(chunk.vit_rows, (0, 1), value=spare), features)
+        return rows[:-1]
 
 
 class GenEmbeddings(nn.Module):
@@ -75,13 +77,15 @@ class GenEmbeddings(nn.Module):
             "latent_pos_embed", sincos_table(model.max_latent_size, model.hidden_size), persistent=False
         )
 
-    def forward(self, plan: PackPlan, latents: Tensor, noise: Tensor) -> Tensor:
-        """-> [gen_length, hidden]."""
-        times = flow_times(plan.timesteps, self.timestep_shift)
-        spare = plan.gen_length - times.numel()
-        tokens = pad(interpolate(latents, noise, times), (0, 0, 0, spare)).to(self.vae2llm.weight.dtype)
+    def forward(self, plan: PackPlan, chunk: Chunk, latents: Tensor, noise: Tensor) -> Tensor:
+        """-> [chunk.gen_length, hidden]."""
+        mine = chunk.latents
+        times = flow_times(plan.timesteps[mine], self.timestep_shift)
+        spare = chunk.gen_length - times.numel()
+        noised = interpolate(latents[mine], noise[mine], times)
+        tokens = pad(noised, (0, 0, 0, spare)).to(self.vae2llm.weight.dtype)
         rows = self.vae2llm(tokens) + self.time_embedder(pad(times, (0, spare)))
-        return rows + self.latent_pos_embed[pad(plan.latent_position_ids, (0, spare))].to(rows.dtype)
+        return rows + self.latent_pos_embed[pad(plan.latent_position_ids[mine], (0, spare))].to(rows.dtype)
 
 
 class InputEmbeddings(MegatronModule):
@@ -94,15 +98,15 @@ class InputEmbeddings(MegatronModule):
         self.und = UndEmbeddings(config, model, tp_group)
         self.gen = GenEmbeddings(model, config.params_dtype) if model.visual_gen else None
 
-    def forward(self, plan: PackPlan, inputs: StreamInputs) -> Tensor:
-        """-> [und_length + gen_length (over tensor-parallel ranks), 1, hidden]."""
-        und = self.und(plan, inputs.vit_patches)
+    def forward(self, plan: PackPlan, chunk: Chunk, inputs: StreamInputs) -> Tensor:
+        """-> [rows of the chunk (over tensor-parallel ranks with sequence parallelism), 1, hidden]."""
+        und = self.und(plan, chunk, inputs.vit_patches)
         if self.freeze_und:
             und = und.detach()
         if self.gen is None:
-            gen = und.new_zeros(plan.gen_length, self.hidden_size)
+            gen = und.new_zeros(chunk.gen_length, self.hidden_size)
         else:
-            gen = self.gen(plan, inputs.latents, inputs.noise)
+            gen = self.gen(plan, chunk, inputs.latents, inputs.noise)
         streams = [und[:, None], gen[:, None]]
         if self.config.sequence_parallel:
             streams = [scatter_to_sequence_parallel_region(s, group=self.tp_group) for s in streams]

@@ -1,6 +1,7 @@
 """The last pipeline stage's part: final norms, vocabulary head and latent head, on rows that carry a loss only.
 
-Each head also reads one padding row of weight zero, so that every weight is in the graph of every step.
+A rank computes the losses of its own chunk's rows. Each head also reads a row that counts nothing, so that every weight
+is in the graph of every step.
 """
 
 from typing import NamedTuple
@@ -24,9 +25,10 @@ from megabagel.models.routing import Routing
 
 
 class RowLosses(NamedTuple):
-    """Unreduced losses; the last row of each is the padding row and must get weight zero."""
+    """Unreduced losses of a chunk; the last row of each counts nothing and must get weight zero."""
 
     ce: Tensor  # [Nc + 1] float32, nats
+    ce_weights: Tensor  # [Nc] float32, of `ce_loss_reweighting`
     mse: Tensor  # [Nm + 1] float32, mean over latent channels
 
 
@@ -63,7 +65,7 @@ class OutputHeads(MegatronModule):
             self.llm2vae = nn.Linear(model.hidden_size, model.latent_patch_size**2 * model.vae.z_channels, dtype=dtype)
 
     def final_hidden(self, hidden: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """Normalised und and gen rows, [und_length, hidden] and [gen_length, hidden], whole on every rank."""
+        """Normalised und and gen rows of the chunk, each [rows, hidden], on every tensor-parallel rank."""
         lengths = routing.stream_lengths
         scale = sum(lengths) // hidden.shape[0]
         und, gen = hidden[:, 0].split([length // scale for length in lengths])
@@ -82,13 +84,13 @@ class OutputHeads(MegatronModule):
         self, hidden: Tensor, routing: Routing, inputs: StreamInputs, lm_head_weight: Tensor | None
     ) -> RowLosses:
         """hidden [rows, 1, hidden] -> losses. `lm_head_weight`: the tied embedding, else None."""
-        plan = routing.plan
+        chunk = routing.chunk
         und, gen = self.final_hidden(hidden, routing)
-        rows = und[pad(plan.ce_rows, (0, 1), value=plan.und_index.numel())]
+        rows = und[pad(chunk.ce_rows, (0, 1))]
         logits, _ = self.lm_head(rows[:, None], weight=lm_head_weight)  # [Nc + 1, 1, vocab / tp]
-        ce = vocab_parallel_cross_entropy(logits.float(), pad(plan.ce_labels, (0, 1))[:, None])[:, 0]
+        ce = vocab_parallel_cross_entropy(logits.float(), pad(chunk.ce_labels, (0, 1))[:, None])[:, 0]
         if not hasattr(self, "llm2vae"):
-            return RowLosses(ce, gen[-1:].float().mean(dim=-1))  # a padding row
-        predicted = self.llm2vae(gen[pad(plan.mse_rows, (0, 1), value=plan.gen_index.numel())]).float()
-        target = pad(velocity(inputs.latents, inputs.noise)[plan.mse_rows], (0, 0, 0, 1))
-        return RowLosses(ce, (predicted - target).square().mean(dim=-1))
+            return RowLosses(ce, chunk.ce_weights, gen[:1].float().mean(dim=-1))
+        predicted = self.llm2vae(gen[pad(chunk.mse_rows, (0, 1))]).float()
+        target = velocity(inputs.latents[chunk.latents], inputs.noise[chunk.latents])[chunk.mse_rows]
+        return RowLosses(ce, chunk.ce_weights, (predicted - pad(target, (0, 0, 0, 1))).square().mean(dim=-1))

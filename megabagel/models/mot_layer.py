@@ -3,7 +3,7 @@
 Runs unchanged inside megatron-core's TransformerBlock, given by ModuleSpec.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,6 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
+from megabagel.models.context_parallel import heads_to_rows, rows_to_heads
+from megabagel.models.modality_experts import ModalityExchange
+from megabagel.models.recompute import Recompute
 from megabagel.models.routing import Routing
 from megabagel.models.split_attention import split_attention
 from megabagel.models.stream import Stream, StreamSubmodules
@@ -21,15 +24,17 @@ from megabagel.models.stream import Stream, StreamSubmodules
 class MoTLayerSubmodules:
     """What a layer is made of; `shared` names the parts (see `stream.PARTS`) that gen borrows from und."""
 
-    stream: StreamSubmodules = field(default_factory=StreamSubmodules)
+    und: StreamSubmodules
+    gen: StreamSubmodules
     shared: frozenset[str] = frozenset()
 
 
 class MoTLayer(MegatronModule, BaseTransformerLayer):
-    """Pre-norm decoder layer on `[und rows | gen rows]`.
+    """Pre-norm decoder layer on `[und rows | gen rows]` of this rank.
 
     `freeze_und` cuts the graph wherever the und stream would carry a gradient: at its residual and at what attention
-    gives back to it. Its weights are frozen by `build.py`.
+    gives back to it. Its weights are frozen by `build.py`. `und_expert_ranks`: expert-parallel ranks that hold und's
+    MLPs, None where every rank holds those of both streams.
     """
 
     def __init__(
@@ -40,12 +45,18 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         freeze_und: bool = False,
+        und_expert_ranks: int | None = None,
     ):
         super().__init__(config)
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage)
         self.freeze_und = freeze_und
-        self.und = Stream(config, submodules.stream, pg_collection.tp)
-        self.gen = Stream(config, submodules.stream, pg_collection.tp, owner=self.und, shared=submodules.shared)
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.recompute = Recompute(config)
+        self.und = Stream(config, submodules.und, pg_collection)
+        self.gen = Stream(config, submodules.gen, pg_collection, owner=self.und, shared=submodules.shared)
+        self.exchange = None
+        if und_expert_ranks is not None:
+            self.exchange = ModalityExchange(config, und_expert_ranks, pg_collection)
 
     def forward(self, hidden_states: Tensor, packed_seq_params: Routing, **_) -> tuple[Tensor, None]:
         """[und rows + gen rows of this rank, 1, hidden] -> the same shape; the second value is the unused context."""
@@ -55,15 +66,33 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
         und, gen = hidden_states.split([length // scale for length in lengths])
         if self.freeze_und:
             und = und.detach()
-        cos, sin = (t.split(lengths) for t in routing.rotary)
-        und_qkv = self.und.qkv(und, (cos[0], sin[0]))
-        gen_qkv = self.gen.qkv(gen, (cos[1], sin[1]))
-        q, k, v = (torch.cat(pair) for pair in zip(und_qkv, gen_qkv, strict=True))
-        und_context, gen_context = split_attention(q, k, v, routing.attention).split(lengths)
+        und_context, gen_context = self._attention(und, gen, routing)
         if self.freeze_und:
             und_context = und_context.detach()
         und = und + self.und.project(und_context)
         gen = gen + self.gen.project(gen_context)
-        und = und + self.und.feed_forward(und)
-        gen = gen + self.gen.feed_forward(gen)
-        return torch.cat([und, gen]), None
+        und_out, gen_out = self.recompute.run("mlp", lambda u, g: self._feed_forward(u, g, routing), und, gen)
+        return torch.cat([und + und_out, gen + gen_out]), None
+
+    def _attention(self, und: Tensor, gen: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Joint attention of both streams: [rows, 1, hidden] each -> [rows of the chunk, heads, d] each."""
+        lengths = routing.stream_lengths
+        cos, sin = (t.split(lengths) for t in routing.rotary)
+        und_qkv = self.und.qkv(und, (cos[0], sin[0]))
+        gen_qkv = self.gen.qkv(gen, (cos[1], sin[1]))
+        qkv = rows_to_heads(*(torch.cat(pair) for pair in zip(und_qkv, gen_qkv, strict=True)), self.cp_group)
+        context = self.recompute.run("core_attn", lambda q, k, v: split_attention(q, k, v, routing.attention), *qkv)
+        return heads_to_rows(context, self.cp_group).split(lengths)
+
+    def _feed_forward(self, und: Tensor, gen: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Norm and MLP of both streams, residual not added."""
+        if self.exchange is not None:
+            held = self.und.mlp if self.exchange.holds_und else self.gen.mlp
+            return self.exchange(self.und.pre_mlp_layernorm(und), self.gen.pre_mlp_layernorm(gen), held)
+        paddings = (routing.chunk.und_padding, routing.chunk.gen_padding)
+        if self.config.sequence_parallel:
+            paddings = [padding.chunk(self.tp_group.size())[self.tp_group.rank()] for padding in paddings]
+        return tuple(
+            self.recompute.through_norm(stream.pre_mlp_layernorm, lambda x, s=stream, p=p: s.mlp(x, padding=p)[0], rows)
+            for stream, rows, p in zip((self.und, self.gen), (und, gen), paddings, strict=True)
+        )

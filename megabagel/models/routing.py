@@ -1,4 +1,4 @@
-"""What one forward pass needs of a PackPlan, on the model's device: the stream split and the attention problems.
+"""What one forward pass needs of a PackPlan, on the model's device: this rank's chunk and the attention problems.
 
 Travels to every layer as megatron-core's `packed_seq_params`, so that recomputation and every pipeline stage use the
 plan of their own micro-batch.
@@ -12,20 +12,23 @@ from torch import Tensor
 
 from megabagel.models.rotary import rotary_table
 from megabagel.models.split_attention import AttentionPlan, plan_attention
+from megabagel.packing.chunk import Chunk
 from megabagel.packing.plan import CAUSAL, PackPlan
 
 
 @dataclass
 class Routing(PackedSeqParams):
-    """Rows of both streams are numbered und first, then gen, padding included: [und_length | gen_length]."""
+    """Rows of the whole pack are numbered chunk after chunk, in a chunk und first, then gen, padding included."""
 
     plan: PackPlan = None
-    attention: AttentionPlan = None
-    rotary: tuple[Tensor, Tensor] = None  # cos, sin [und_length + gen_length, 1, head_dim]
+    chunk: Chunk = None
+    attention: AttentionPlan = None  # over the rows of all chunks
+    rotary: tuple[Tensor, Tensor] = None  # cos, sin [rows of the chunk, 1, head_dim]
 
     @property
     def stream_lengths(self) -> list[int]:
-        return [self.plan.und_length, self.plan.gen_length]
+        """Rows of both streams in this rank's chunk."""
+        return [self.chunk.und_length, self.chunk.gen_length]
 
 
 def _problems(plan: PackPlan, row_of: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
@@ -44,14 +47,22 @@ def _problems(plan: PackPlan, row_of: Tensor) -> list[tuple[Tensor, Tensor, bool
     return problems
 
 
-def route(plan: PackPlan, head_dim: int, rotary_base: float, device: torch.device) -> Routing:
-    """Derive the routing of `plan` (on the CPU) and put it on `device`."""
+def route(
+    plan: PackPlan, chunk: Chunk, rank: int, ranks: int, head_dim: int, rotary_base: float, device: torch.device
+) -> Routing:
+    """Derive the routing of `plan` and put it on `device`; `chunk` is chunk `rank` of `ranks`, both on the CPU."""
+    und, gen = (torch.arange(index.numel()) for index in (plan.und_index, plan.gen_index))
+    length = chunk.und_length + chunk.gen_length
     row_of = torch.empty(plan.sequence_length, dtype=torch.int64)
-    row_of[plan.und_index] = torch.arange(plan.und_index.numel())
-    row_of[plan.gen_index] = plan.und_length + torch.arange(plan.gen_index.numel())
-    rows = plan.und_length + plan.gen_length
+    row_of[plan.und_index] = und // chunk.und_length * length + und % chunk.und_length
+    row_of[plan.gen_index] = gen // chunk.gen_length * length + chunk.und_length + gen % chunk.gen_length
+    rows = ranks * length
     position_ids = torch.zeros(rows, dtype=torch.int64)
     position_ids[row_of] = plan.position_ids
-    attention = plan_attention(_problems(plan, row_of), rows).to(device)
-    rotary = rotary_table(position_ids.to(device), head_dim, rotary_base)
-    return Routing(plan=plan.to(device), attention=attention, rotary=rotary)
+    mine = position_ids[rank * length : (rank + 1) * length]
+    return Routing(
+        plan=plan.to(device),
+        chunk=chunk.to(device),
+        attention=plan_attention(_problems(plan, row_of), rows).to(device),
+        rotary=rotary_table(mine.to(device), head_dim, rotary_base),
+    )

@@ -5,6 +5,9 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megabagel.config.schema import ModelConfig, ParallelConfig
+from megabagel.models.dense_mlp import DenseMLP
+from megabagel.models.modality_experts import WholeMLP
 from megabagel.models.mot_layer import MoTLayer, MoTLayerSubmodules
 from megabagel.models.stream import PARTS, StreamSubmodules
 
@@ -17,16 +20,40 @@ SHARED_PARTS: dict[str, frozenset[str]] = {
 }
 
 
-def layer_spec(variant: str, freeze_und: bool) -> ModuleSpec:
-    """Spec of one decoder layer on megatron-core's own linears."""
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def mlps_live_apart(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether und's and gen's MLPs are on different expert-parallel ranks (modality experts)."""
+    sparse = model.und_num_experts is not None or model.gen_num_experts is not None
+    return parallel.expert_model_parallel_size > 1 and not sparse
+
+
+def und_expert_ranks(model: ModelConfig, parallel: ParallelConfig) -> int | None:
+    """How many of the expert-parallel ranks hold und's MLPs; None without modality experts."""
+    if not mlps_live_apart(model, parallel):
+        return None
+    return parallel.und_expert_ranks or parallel.expert_model_parallel_size // 2
+
+
+def _mlps(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> tuple[ModuleSpec | None, ...]:
+    """Specs of und's and gen's MLP on this expert-parallel rank."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if (und_ranks := und_expert_ranks(model, parallel)) is not None:
+        whole = ModuleSpec(module=WholeMLP, submodules=linears)
+        return (whole, None) if expert_rank < und_ranks else (None, whole)
+    return ModuleSpec(module=DenseMLP, submodules=linears), ModuleSpec(module=DenseMLP, submodules=linears)
+
+
+def layer_spec(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> ModuleSpec:
+    """Spec of one decoder layer on megatron-core's own linears, for one expert-parallel rank."""
+    und, gen = (StreamSubmodules(mlp=mlp) for mlp in _mlps(model, parallel, expert_rank))
     return ModuleSpec(
         module=MoTLayer,
-        params={"freeze_und": freeze_und},
-        submodules=MoTLayerSubmodules(stream=StreamSubmodules(mlp_submodules=mlp), shared=SHARED_PARTS[variant]),
+        params={"freeze_und": model.freeze_und, "und_expert_ranks": und_expert_ranks(model, parallel)},
+        submodules=MoTLayerSubmodules(und=und, gen=gen, shared=SHARED_PARTS[model.layer_variant]),
     )
 
 
-def block_spec(variant: str, freeze_und: bool, layers_on_stage: int) -> TransformerBlockSubmodules:
-    """Spec of one pipeline stage's layers; final norms belong to the heads."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(variant, freeze_und)] * layers_on_stage, layer_norm=None)
+def block_spec(
+    model: ModelConfig, parallel: ParallelConfig, expert_rank: int, layers: int
+) -> TransformerBlockSubmodules:
+    """Spec of the layers of one pipeline stage; final norms belong to the heads."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(model, parallel, expert_rank)] * layers, layer_norm=None)

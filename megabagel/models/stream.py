@@ -5,15 +5,15 @@ Everything here is per token and runs densely on its own stream; the streams mee
 
 from dataclasses import dataclass
 
-import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megabagel.models.norm import RMSNorm
+from megabagel.models.recompute import Recompute
 from megabagel.models.rotary import apply_rotary
 
 ATTENTION_PARTS = ("input_layernorm", "linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")
@@ -22,12 +22,11 @@ PARTS = (*ATTENTION_PARTS, "pre_mlp_layernorm", "mlp")
 
 @dataclass
 class StreamSubmodules:
-    """Classes of the parallel linears and the MLP (megatron-core's own, or Transformer Engine's)."""
+    """Classes of the parallel linears (megatron-core's own, or Transformer Engine's) and the MLP, None: not held here."""
 
+    mlp: ModuleSpec | None
     linear_qkv: type = ColumnParallelLinear
     linear_proj: type = RowParallelLinear
-    mlp: type = MLP
-    mlp_submodules: MLPSubmodules = None
 
 
 class Stream(MegatronModule):
@@ -41,15 +40,16 @@ class Stream(MegatronModule):
         self,
         config: TransformerConfig,
         submodules: StreamSubmodules,
-        tp_group: torch.distributed.ProcessGroup,
+        groups: ProcessGroupCollection,
         owner: "Stream | None" = None,
         shared: frozenset[str] = frozenset(),
     ):
         super().__init__(config)
-        self.submodules, self.tp_group = submodules, tp_group
+        self.submodules, self.groups = submodules, groups
+        self.recompute = Recompute(config)
         self.head_dim = config.kv_channels
-        self.groups = config.num_query_groups // config.tensor_model_parallel_size  # on this rank
-        self.heads_per_group = config.num_attention_heads // config.num_query_groups
+        self.kv_heads = config.num_query_groups // config.tensor_model_parallel_size  # on this rank
+        self.heads_per_kv_head = config.num_attention_heads // config.num_query_groups
         for part in PARTS:
             if part in shared:
                 self.__dict__[part] = owner._modules[part]
@@ -64,13 +64,13 @@ class Stream(MegatronModule):
 
     _build_pre_mlp_layernorm = _build_input_layernorm
 
-    def _build_q_layernorm(self) -> torch.nn.Module:
+    def _build_q_layernorm(self) -> nn.Module:
         # sees this rank's heads only: megatron-core sums its gradient over tensor-parallel ranks by its name
-        return self._norm(self.head_dim, False) if self.config.qk_layernorm else torch.nn.Identity()
+        return self._norm(self.head_dim, False) if self.config.qk_layernorm else nn.Identity()
 
     _build_k_layernorm = _build_q_layernorm
 
-    def _build_linear_qkv(self) -> torch.nn.Module:
+    def _build_linear_qkv(self) -> nn.Module:
         config = self.config
         return build_module(
             self.submodules.linear_qkv,
@@ -83,10 +83,10 @@ class Stream(MegatronModule):
             skip_bias_add=False,
             is_expert=False,
             tp_comm_buffer_name="qkv",
-            tp_group=self.tp_group,
+            tp_group=self.groups.tp,
         )
 
-    def _build_linear_proj(self) -> torch.nn.Module:
+    def _build_linear_proj(self) -> nn.Module:
         config = self.config
         return build_module(
             self.submodules.linear_proj,
@@ -99,24 +99,21 @@ class Stream(MegatronModule):
             skip_bias_add=True,
             is_expert=False,
             tp_comm_buffer_name="proj",
-            tp_group=self.tp_group,
+            tp_group=self.groups.tp,
         )
 
-    def _build_mlp(self) -> torch.nn.Module:
-        return build_module(
-            self.submodules.mlp,
-            config=self.config,
-            submodules=self.submodules.mlp_submodules,
-            ffn_hidden_size=self.config.ffn_hidden_size,
-            tp_group=self.tp_group,
-        )
+    def _build_mlp(self) -> nn.Module | None:
+        if self.submodules.mlp is None:
+            return None
+        return build_module(self.submodules.mlp, config=self.config, pg_collection=self.groups)
 
     def qkv(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, groups, d] of this rank, normalised, rotated."""
-        mixed, _ = self.linear_qkv(self.input_layernorm(hidden))  # [s, 1, groups * (heads_per_group + 2) * d]
+        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, kv heads, d] of this rank, normalised, rotated."""
+        # [s, 1, kv heads * (heads per kv head + 2) * d]
+        mixed = self.recompute.through_norm(self.input_layernorm, lambda x: self.linear_qkv(x)[0], hidden)
         rows = mixed.shape[0]
-        mixed = mixed.view(rows, self.groups, self.heads_per_group + 2, self.head_dim)
-        q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
+        mixed = mixed.view(rows, self.kv_heads, self.heads_per_kv_head + 2, self.head_dim)
+        q, k, v = mixed.split([self.heads_per_kv_head, 1, 1], dim=2)
         q = self.q_layernorm(q.reshape(rows, -1, self.head_dim))
         k = self.k_layernorm(k.reshape(rows, -1, self.head_dim))
         return apply_rotary(q, rotary), apply_rotary(k, rotary), v.reshape(rows, -1, self.head_dim)
@@ -124,9 +121,4 @@ class Stream(MegatronModule):
     def project(self, context: Tensor) -> Tensor:
         """Attention result [s, heads, d] of this rank -> [s or s/tp, 1, hidden]."""
         out, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
-        return out
-
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """Normalised MLP: [s, 1, hidden] -> [s, 1, hidden], residual not added."""
-        out, _ = self.mlp(self.pre_mlp_layernorm(hidden))
         return out

@@ -24,7 +24,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank sits. A model replica is all ranks of one data-parallel index (tensor x context x pipeline)."""
+    """Where this rank sits. A model replica is all ranks of one data-parallel index: tensor x context x pipeline."""
 
     rank: int
     world_size: int
@@ -33,6 +33,8 @@ class Layout:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     replica_ranks: tuple[int, ...]  # global ranks of this rank's replica
@@ -79,9 +81,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     world_size = dist.get_world_size()
     sizes = _megatron_arguments(parallel)
     replica = (
-        sizes["tensor_model_parallel_size"]
-        * sizes["pipeline_model_parallel_size"]
-        * sizes.get("context_parallel_size", 1)
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
     if world_size % replica:
         dist.destroy_process_group()
@@ -89,9 +89,10 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
             f"{world_size} processes cannot hold model replicas of {replica} ranks "
             f"(the product of the model-parallel sizes in `parallel`); start a multiple of {replica} processes"
         )
-    parallel_state.initialize_model_parallel(**sizes)
+    # an expert is never split: more expert-parallel ranks serve the same end
+    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
     _seed(seed)
-    ranks, group = _replica(sizes.get("context_parallel_size", 1))
+    ranks, group = _replica(parallel.context_parallel_size)
     return Layout(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -100,6 +101,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         replica_ranks=ranks,

@@ -59,13 +59,9 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 @torch.no_grad()
 def parameter_norm(optimizer: MegatronOptimizer) -> float:
     """L2 norm of all trainable parameters, replicated ones counted once; every rank must call it."""
-    counted = [
-        main
-        for main in optimizer.get_parameters()
-        if param_is_not_shared(main) and param_is_not_tensor_parallel_duplicate(main)
-    ]
-    device = optimizer.get_parameters()[0].device if optimizer.get_parameters() else "cpu"
-    squares = torch.zeros((), device=device)
+    parameters = [main for group in optimizer.param_groups for main in group["params"]]
+    counted = [p for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
+    squares = torch.zeros((), device=parameters[0].device if parameters else "cpu")
     if counted:
         squares = torch.stack(torch._foreach_norm([main.float() for main in counted])).square().sum()
     dist.all_reduce(squares)

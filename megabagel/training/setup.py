@@ -9,7 +9,7 @@ from megabagel.data.faults import DataError
 from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
-from megabagel.models.build import DTYPES, build_stage
+from megabagel.models.build import DTYPES, build_stages
 from megabagel.packing.geometry import geometry_of
 from megabagel.packing.planner import fixed_length
 from megabagel.runtime.distributed import Layout
@@ -43,17 +43,17 @@ def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | 
 
 def build_trainer(config: Config, layout: Layout) -> Trainer:
     """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0."""
-    stage = build_stage(config, layout.device)
+    stages = build_stages(config, layout.device)
     source = open_source(config)
-    load_weights(stage, source)
+    load_weights(stages, source)
     source.close()
-    stages = wrap([stage], config.parallel)
+    stages = wrap(stages, config.parallel)
     optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
     ema = ShardedEma(optimizer) if config.optimizer.ema_decay is not None else None
     autoencoder = None
     if config.model.visual_gen:
         autoencoder = load_autoencoder(autoencoder_path(config)).to(layout.device, DTYPES[config.training.params_dtype])
-    tile = ROWS_PER_TILE * layout.tp_size
+    tile = ROWS_PER_TILE * layout.tp_size * layout.cp_size
     rows = fixed_length(config.data.max_num_tokens, tile)
     # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
     total_length = rows if layout.pp_size > 1 else None

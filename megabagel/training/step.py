@@ -62,10 +62,10 @@ class Losses:
     mse: float | None
 
 
-def _loss(rows: RowLosses, plan: PackPlan, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
-    """This micro-batch's share of the step's loss, in the form megatron-core's schedules expect."""
-    weights = plan.ce_weights.to(rows.ce) if training.ce_loss_reweighting else torch.ones_like(rows.ce[:-1])
-    # the appended padding row keeps the heads' weights in the graph and counts nothing
+def _loss(rows: RowLosses, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
+    """This rank's share of the step's loss for a micro-batch, in the form megatron-core's schedules expect."""
+    weights = rows.ce_weights if training.ce_loss_reweighting else torch.ones_like(rows.ce[:-1])
+    # the appended row keeps the heads' weights in the graph and counts nothing
     ce = (rows.ce * nn.functional.pad(weights, (0, 1))).sum() / max(counts.ce, 1e-12)
     counted = torch.ones_like(rows.mse)
     counted[-1] = 0
@@ -82,18 +82,20 @@ def forward_backward(
     training: TrainingConfig,
     rows: int,
 ) -> Losses:
-    """Run all micro-batches through the pipeline; gradients are left in the DDP buffers, summed over data parallel.
+    """Run all micro-batches through the pipeline; gradients are left in the DDP buffers, summed over data
+    and context parallel.
 
     `rows`: padded rows [und | gen] of every pack, the length of the tensor that travels between stages.
     """
 
     def forward_step(batches: Iterator[MicroBatch], stage: nn.Module):
         plan, inputs = next(batches)
-        return stage(plan, inputs), lambda output: _loss(output, plan, counts, training)
+        return stage(plan, inputs), lambda output: _loss(output, counts, training)
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
+        # every interleaved stage of a rank goes through all micro-batches
+        data_iterator=[iter(micro_batches) for _ in stages] if len(stages) > 1 else iter(micro_batches),
         model=stages,
         num_microbatches=len(micro_batches),
         seq_length=rows,
@@ -103,6 +105,6 @@ def forward_backward(
     if not reports:
         return Losses(None, None)
     sums = torch.stack([torch.stack([r["ce"], r["mse"]]) for r in reports]).double().sum(dim=0)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     ce, mse = sums.tolist()
     return Losses(ce if counts.ce_tokens else None, mse if counts.mse_tokens else None)

@@ -9,7 +9,7 @@ import torch
 from megabagel.checkpoint.hf import load_weights, open_source, stage_rules
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import Config, ParallelConfig
-from megabagel.models.build import build_stage
+from megabagel.models.build import build_stages
 from megabagel.models.embeddings import StreamInputs
 from megabagel.packing.geometry import SpecialTokens, geometry_of
 from megabagel.packing.plan import PackPlan
@@ -63,8 +63,8 @@ def test_frozen_tensors_stay_and_all_others_move(switch, layout):
     config.parallel.overlap_grad_reduce = True  # a parameter outside the graph would stop the second step
     config.checkpoint.init_from = str(CHECKPOINT)
     config.model = dataclasses.replace(read_model_config(str(CHECKPOINT), config.model), **{switch: True})
-    stage = build_stage(config, layout.device)
-    load_weights(stage, open_source(config))
+    stage = build_stages(config, layout.device)[0]
+    load_weights([stage], open_source(config))
     before = {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
     released = {name: rule.names for name, rule in stage_rules(stage).items()}
     plan = _plan(config)
@@ -95,8 +95,8 @@ def test_every_weight_is_in_the_graph_of_a_model_that_makes_no_images(layout):
     config.parallel.overlap_grad_reduce = True
     config.checkpoint.init_from = str(CHECKPOINT)
     config.model = dataclasses.replace(read_model_config(str(CHECKPOINT), config.model), visual_gen=False)
-    stage = build_stage(config, layout.device)
-    load_weights(stage, open_source(config))
+    stage = build_stages(config, layout.device)[0]
+    load_weights([stage], open_source(config))
     shape = geometry_of(config.model, SpecialTokens(501, 502, 503, 504))
     sample = Sample([Item("text", text_ids=[5, 6, 7], loss=True)], (0,), "test", "test")
     plan = build_plan([plan_sample(sample, shape, [False])], shape, tile=16)

@@ -13,7 +13,7 @@ from megabagel.checkpoint.hf import load_weights, open_source, stage_rules
 from megabagel.checkpoint.names import export_shard
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import CheckpointConfig, Config, ModelConfig, ParallelConfig, TrainingConfig
-from megabagel.models.build import build_stage
+from megabagel.models.build import build_stages
 from megabagel.runtime import distributed
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "public-basic" / "ckpt"
@@ -30,10 +30,10 @@ def filled(layout, folder: str | None, **model: object):
     """A stage of the golden case's shape, with changes, filled from `folder` (None: from scratch)."""
     shape = dataclasses.replace(read_model_config(str(GOLDEN), ModelConfig()), **model)
     config = Config(shape, training=TrainingConfig(params_dtype="fp32"), checkpoint=CheckpointConfig(init_from=folder))
-    stage = build_stage(config, layout.device)
+    stage = build_stages(config, layout.device)[0]
     for parameter in stage.parameters():
         parameter.data.fill_(torch.nan)
-    load_weights(stage, open_source(config))
+    load_weights([stage], open_source(config))
     assert not any(parameter.isnan().any() for parameter in stage.parameters())
     return stage
 

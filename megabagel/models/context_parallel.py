@@ -1,0 +1,48 @@
+"""Context parallelism of the core attention: ranks exchange heads for rows (Ulysses, Jacobs et al. 2023).
+
+Before attention a rank holds all its heads on its chunk of rows, inside attention some heads on all rows. Key and value
+heads are copied to every rank whose query heads need them, so their number does not limit the number of ranks.
+"""
+
+from math import gcd
+
+import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+
+
+def copied_kv_heads(heads: int, kv_heads: int, ranks: int) -> list[int]:
+    """Key head of every block of query heads, rank after rank; equally many blocks for each rank.
+
+    A block is the largest number of query heads that spans neither two ranks nor two key heads.
+    """
+    per_rank, per_kv_head = heads // ranks, heads // kv_heads
+    block = gcd(per_rank, per_kv_head)
+    return [first // per_kv_head for first in range(0, heads, block)]
+
+
+def rows_to_heads(q: Tensor, k: Tensor, v: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, ...]:
+    """q [rows of the chunk, heads, d], k and v [.., kv heads, d] -> the same of all rows with this rank's heads.
+
+    Rows come chunk after chunk. Each rank gets heads / ranks query heads, and its key heads serve equally many of them.
+    """
+    ranks = group.size()
+    if ranks == 1:
+        return q, k, v
+    rows, heads, d = q.shape
+    copies = torch.tensor(copied_kv_heads(heads, k.shape[1], ranks), device=k.device)
+    parts = [q, k.index_select(1, copies), v.index_select(1, copies)]
+    parts = [part.view(rows, ranks, -1, d) for part in parts]
+    sizes = [part.shape[2] for part in parts]
+    sent = torch.cat(parts, dim=2).transpose(0, 1).contiguous()  # [ranks, rows, q + k + v heads of a rank, d]
+    return all_to_all(group, sent).view(ranks * rows, -1, d).split(sizes, dim=1)
+
+
+def heads_to_rows(context: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The way back: [all rows, this rank's heads, d] -> [rows of the chunk, heads of all ranks, d]."""
+    ranks = group.size()
+    if ranks == 1:
+        return context
+    _, heads, d = context.shape
+    received = all_to_all(group, context.contiguous()).view(ranks, -1, heads, d)
+    return received.transpose(0, 1).reshape(-1, ranks * heads, d)
