@@ -1,0 +1,95 @@
+"""Every parallel layout trains like one process: losses and gradients of five updates, and each gradient of the ViT.
+
+The table is `layouts/table.py`, the packs are `layouts/packs.py`.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.layouts import run
+from tests.distributed.layouts.compare import BF16, FP32, largest_difference, wrong_gradients
+from tests.distributed.layouts.faults import FAULTS
+from tests.distributed.layouts.packs import STEPS
+from tests.distributed.layouts.table import MODELS, TABLE, row
+
+LIMIT = 150.0  # seconds for one layout, many times what it takes
+
+
+@pytest.fixture(scope="module")
+def reference(pool):
+    """What one process reports, by model, in float32."""
+
+    @functools.cache
+    def train(model: str) -> run.Trained:
+        return pool.run(run.train, MODELS[model], processes=1, limit=LIMIT)[0]
+
+    return train
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_layout_trains_like_one_process(name, pool, reference):
+    layout = TABLE[name]
+    ranks = pool.run(run.train, layout.options, processes=layout.processes, limit=LIMIT)
+    expected = reference(layout.model)
+    steps = ranks[-1].steps, expected.steps
+    if layout.bf16:
+        assert largest_difference(ranks, expected) <= BF16, steps
+    else:
+        assert largest_difference(ranks, expected) <= FP32, steps
+        assert wrong_gradients(ranks, expected) == {}
+
+
+def test_the_reference_learns_and_every_step_has_both_losses(reference):
+    steps = reference("mot").steps
+    assert len(steps) == len(STEPS) == 5
+    assert len({value for step in steps for value in (step.ce, step.mse, step.grad_norm)}) == 15
+    assert steps[-1].ce < 0.97 * steps[0].ce
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_gradient_is_noticed(fault, pool, reference):
+    ranks = pool.run(run.train, row(2, tp=2, sp=True).options, STEPS, fault, processes=2, limit=LIMIT)
+    expected = reference("mot")
+    assert largest_difference(ranks, expected) > 2 * FP32 or wrong_gradients(ranks, expected)
+
+
+VISION = {
+    "TP2": row(2, tp=2),
+    "TP2+SP": row(2, tp=2, sp=True),
+    "CP2": row(2, cp=2),
+    "TP2 x CP2": row(4, tp=2, cp=2),
+    "TP2+SP x CP2": row(4, tp=2, sp=True, cp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def vision_gradients(pool):
+    (gradients,) = pool.run(run.vision_gradients, {}, processes=1, limit=LIMIT)
+    assert len(gradients) > 30
+    return gradients
+
+
+def differing(held: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    scale = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    # the true gradient of k_proj.bias is zero: softmax does not see a shift of all keys
+    return [
+        name
+        for name in expected.keys() | held.keys()
+        if not (held[name] - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7 * scale
+    ]
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vit_and_connector_gradients_equal_one_process(name, pool, vision_gradients):
+    layout = VISION[name]
+    ranks = pool.run(run.vision_gradients, layout.options, processes=layout.processes, limit=LIMIT)
+    assert [differing(held, vision_gradients) for held in ranks] == [[]] * layout.processes
+
+
+def test_a_wrong_vit_gradient_is_noticed(pool, vision_gradients):
+    options, fault = row(2).options, "one bias of the ViT gets a hundredth too much"
+    for held in pool.run(run.vision_gradients, options, fault, processes=2, limit=LIMIT):
+        assert differing(held, vision_gradients) == ["vit_model.vision_model.encoder.layers.0.mlp.fc2.bias"]
