@@ -9,6 +9,7 @@ from megabagel.config.schema import ModelConfig, ParallelConfig
 from megabagel.models.dense_mlp import DenseMLP
 from megabagel.models.modality_experts import WholeMLP
 from megabagel.models.mot_layer import MoTLayer, MoTLayerSubmodules
+from megabagel.models.sparse_experts import sparse_mlp_spec
 from megabagel.models.stream import PARTS, StreamSubmodules
 
 # Parts that the gen stream borrows from the und stream. BAGEL names: Qwen2MoTDecoderLayer, Qwen2MoEDecoderLayer
@@ -39,7 +40,9 @@ def _mlps(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> tup
     if (und_ranks := und_expert_ranks(model, parallel)) is not None:
         whole = ModuleSpec(module=WholeMLP, submodules=linears)
         return (whole, None) if expert_rank < und_ranks else (None, whole)
-    return ModuleSpec(module=DenseMLP, submodules=linears), ModuleSpec(module=DenseMLP, submodules=linears)
+    dense = ModuleSpec(module=DenseMLP, submodules=linears)
+    experts = (model.und_num_experts, model.gen_num_experts)
+    return tuple(dense if number is None else sparse_mlp_spec(number, model) for number in experts)
 
 
 def layer_spec(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> ModuleSpec:

@@ -19,6 +19,7 @@ from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
+from megabagel.training.expert_losses import ExpertLosses, take_expert_losses
 from megabagel.training.flops import pack_flops
 from megabagel.training.metrics import MetricsWriter
 from megabagel.training.optimizer import parameter_norm, set_learning_rate
@@ -79,6 +80,8 @@ class Trainer:
         losses = forward_backward(
             self.stages, list(zip(plans, inputs, strict=True)), counts, config.training, self.rows
         )
+        packs_of_step = config.training.global_batch_size
+        expert_losses = take_expert_losses(self.stages, config.model, packs_of_step, self.layout.device)
         lr = lr_at(self.step, config.optimizer, config.training.train_steps)
         set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
@@ -88,13 +91,14 @@ class Trainer:
         self.samples += counts.samples
         end = time.perf_counter()
         times = {"step_time": end - start, "data_time": read - start, "encode_time": encoded - read}
-        return self._values(plans, counts, losses, lr, grad_norm, times)
+        return self._values(plans, counts, losses, expert_losses, lr, grad_norm, times)
 
     def _values(
         self,
         plans: list[PackPlan],
         counts: LossCounts,
         losses: Losses,
+        expert_losses: ExpertLosses,
         lr: float,
         grad_norm: float,
         times: dict[str, float],
@@ -104,6 +108,8 @@ class Trainer:
         return {
             "ce": losses.ce,
             "mse": losses.mse,
+            "moe_aux_loss": expert_losses.balance,
+            "moe_z_loss": expert_losses.z,
             "lr": lr,
             "grad_norm": float(grad_norm),
             "tokens_per_sec": counts.tokens / times["step_time"],

@@ -16,6 +16,7 @@ from megabagel.config.schema import TrainingConfig
 from megabagel.models.embeddings import StreamInputs
 from megabagel.models.heads import RowLosses
 from megabagel.packing.plan import PackPlan
+from megabagel.training.expert_losses import set_auxiliary_loss_scale
 
 MicroBatch = tuple[PackPlan, StreamInputs | None]
 
@@ -87,6 +88,9 @@ def forward_backward(
 
     `rows`: padded rows [und | gen] of every pack, the length of the tensor that travels between stages.
     """
+
+    replicas = parallel_state.get_data_parallel_world_size()
+    set_auxiliary_loss_scale(len(micro_batches) * replicas, next(stages[0].parameters()).device)
 
     def forward_step(batches: Iterator[MicroBatch], stage: nn.Module):
         plan, inputs = next(batches)

@@ -20,6 +20,8 @@ _MEGATRON = {  # tag -> name in the record; loss keys are tags of both
     "skipped-train-samples": "skipped_samples",
     "ce": "ce",
     "mse": "mse",
+    "load_balancing_loss": "moe_aux_loss",
+    "z_loss": "moe_z_loss",
 }
 _BAGEL = {
     "lr": "lr",
