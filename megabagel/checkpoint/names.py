@@ -21,9 +21,9 @@ _Row = tuple[str, tuple[str, ...], int | None, str | None]
 _VIT = "vit_model.vision_model."
 _OUTSIDE_LAYERS: tuple[_Row, ...] = (
     (r"embeddings\.und\.word_embeddings\.weight", ("language_model.model.embed_tokens.weight",), 0, None),
-    (r"embeddings\.und\.vit\.((?:patch|position)_embedding\.\w+)", (_VIT + r"embeddings.\1",), None, None),
-    (r"embeddings\.und\.vit\.(layers\..+)", (_VIT + r"encoder.\1",), None, None),
-    (r"embeddings\.und\.vit\.(post_layernorm\.\w+)", (_VIT + r"\1",), None, None),
+    (r"vision\.((?:patch|position)_embedding\.\w+)", (_VIT + r"embeddings.\1",), None, None),
+    (r"vision\.(layers\..+)", (_VIT + r"encoder.\1",), None, None),
+    (r"vision\.(post_layernorm\.\w+)", (_VIT + r"\1",), None, None),
     (r"embeddings\.und\.(connector\..+)", (r"\1",), None, None),
     (r"embeddings\.gen\.((?:vae2llm|time_embedder)\..+)", (r"\1",), None, None),
     (r"heads\.und_norm\.weight", ("language_model.model.norm.weight",), None, None),

@@ -1,4 +1,4 @@
-"""One pipeline stage of a BAGEL model: embeddings (first stage), decoder layers, heads (last stage).
+"""One pipeline stage of a BAGEL model: vision tower and embeddings (first stage), decoder layers, heads (last stage).
 
 Holds no data logic, no losses' normalisation and no optimizer; every stage receives the plan of its micro-batch.
 """
@@ -12,12 +12,15 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megabagel.config.schema import ModelConfig, ParallelConfig
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
 from megabagel.models.heads import OutputHeads, RowLosses
 from megabagel.models.routing import route
 from megabagel.models.specs import block_spec
+from megabagel.models.vision import VisionTower, is_frozen
+from megabagel.models.vision_spread import mark_partial, spread_features
 from megabagel.packing.chunk import chunk_of
 from megabagel.packing.plan import PackPlan
 
@@ -25,7 +28,8 @@ from megabagel.packing.plan import PackPlan
 class Bagel(MegatronModule):
     """A stage; `pre_process` and `post_process` say whether it is the first and the last.
 
-    `vp_stage`: which of this rank's stages it is under interleaved pipeline parallelism, None without.
+    `vp_stage`: which of this rank's stages it is under interleaved pipeline parallelism, None without. A frozen vision
+    tower, `vision`, is on every rank, in its first stage, because it encodes pictures before the pipeline runs.
     """
 
     def __init__(
@@ -45,6 +49,12 @@ class Bagel(MegatronModule):
         self.post_process = post_process = parallel_state.is_pipeline_last_stage(**position)
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         self.share_embeddings_and_output_weights = model.tie_word_embeddings  # read by finalize_model_grads
+        self.tp_cp_group, self.tp_size = groups.tp_cp, groups.tp.size()
+        self.vision = None
+        if model.visual_und and (pre_process or (is_frozen(model) and not vp_stage)):
+            self.vision = VisionTower(model.vit, config.params_dtype)
+            if not is_frozen(model):
+                mark_partial(self.vision)
         if pre_process:
             self.embeddings = InputEmbeddings(config, model, groups.tp)
         layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
@@ -81,16 +91,30 @@ class Bagel(MegatronModule):
         routing = route(
             plan, chunk, self.cp_rank, self.cp_size, config.kv_channels, self.model_config.rotary_base, device
         )
-        hidden = self.embeddings(routing.plan, routing.chunk, inputs) if self.pre_process else None
+        hidden = None
+        if self.pre_process:
+            hidden = self.embeddings(routing.plan, routing.chunk, inputs, self._image_features(plan, inputs))
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=routing)
         if not self.post_process:
             return hidden
         tied = self.model_config.tie_word_embeddings and self.pre_process
         return self.heads(hidden, routing, inputs, self.shared_embedding_or_output_weight() if tied else None)
 
+    def _image_features(self, plan: PackPlan, inputs: StreamInputs) -> Tensor | None:
+        """Of the ViT tokens of this rank's chunk, and a row of zeros behind them; None for a model without a ViT."""
+        if self.vision is None:
+            return None
+        if inputs.vit_features is not None:
+            return pad(inputs.vit_features, (0, 0, 0, 1))
+        return spread_features(self.vision, inputs.vit_patches, plan, self.tp_cp_group, self.tp_size)
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """megatron-core's description of this stage's shards; a tied head of its own is a replica of the embedding."""
+        """megatron-core's description of this stage's shards; a tied head of its own is a replica of the embedding, and
+        a vision tower after the first stage one of the first stage's."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key, shard in sharded.items():
+            if key.startswith(f"{prefix}vision."):
+                shard.replica_id = (parallel_state.get_pipeline_model_parallel_rank(), *shard.replica_id[1:])
         if self.model_config.tie_word_embeddings and self.post_process and not self.pre_process:
             replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
             sharded[f"{prefix}heads.lm_head.weight"] = make_tp_sharded_tensor_for_checkpoint(

@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megabagel.config.pipeline_split import megatron_layout, split_layers
 from megabagel.config.schema import Config, ModelConfig, TrainingConfig
 from megabagel.models.bagel import Bagel
 from megabagel.models.specs import und_expert_ranks
@@ -59,6 +60,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        **_pipeline_layout(config),
         **_recompute(config.training),
         calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,
@@ -67,6 +69,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         # gloo has no stream order between a send and the release of its buffer
         deallocate_pipeline_outputs=torch.cuda.is_available(),
     )
+
+
+def _pipeline_layout(config: Config) -> dict:
+    """The layers of each stage where they are counted out; otherwise megatron-core divides them evenly."""
+    parallel = config.parallel
+    if parallel.pipeline_split == "even" or parallel.pipeline_model_parallel_size == 1:
+        return {}
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    return {"pipeline_model_parallel_layout": megatron_layout(split_layers(config.model, config.data, stages))}
 
 
 def _recompute(training: TrainingConfig) -> dict:
@@ -86,7 +97,7 @@ def _recompute(training: TrainingConfig) -> dict:
 def freeze(stage: Bagel, model: ModelConfig) -> None:
     """Turn off gradients of what the configuration freezes, before optimizer and DDP see the parameters."""
     for name, parameter in stage.named_parameters():
-        is_vit = ".vit." in name
+        is_vit = name.startswith("vision.")
         is_llm = name.startswith("decoder.") or any(part in name for part in ("word_embeddings", "_norm.", "lm_head"))
         frozen_und = model.freeze_und and not _TRAINABLE_UNDER_FREEZE_UND.search(name)
         if (model.freeze_vit and is_vit) or (model.freeze_llm and is_llm and not is_vit) or frozen_und:
@@ -107,5 +118,7 @@ def build_stages(config: Config, device: torch.device) -> list[Bagel]:
         # tables are computed, on whatever device was current; parameters are already where they belong
         stage.to(device)
         freeze(stage, config.model)
+        if stage.vision is not None:
+            stage.vision.recompute = config.training.recompute_vit
         stages.append(stage)
     return stages

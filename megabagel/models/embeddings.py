@@ -1,7 +1,7 @@
 """The first pipeline stage's part: text, pictures to understand and latents become the rows of the two streams.
 
 A rank computes the rows of its own chunk. Every weight is used on every step: a row that is dropped again receives a
-dummy token and a dummy patch, so that gradient buckets complete and no rank waits when a chunk lacks text or images.
+dummy token and dummy features, so that gradient buckets complete and no rank waits when a chunk lacks text or images.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from megabagel.config.schema import ModelConfig
 from megabagel.models.flow import TimestepEmbedder, flow_times, interpolate
 from megabagel.models.position_tables import sincos_table
-from megabagel.models.vision import VisionMLP, VisionTower
+from megabagel.models.vision import VisionMLP
 from megabagel.packing.chunk import Chunk
 from megabagel.packing.plan import PackPlan
 
@@ -25,9 +25,10 @@ from megabagel.packing.plan import PackPlan
 class StreamInputs:
     """Encoded content of one packed sequence, beside its PackPlan; rows in the plan's order."""
 
-    vit_patches: Tensor  # [Nv, p*p*3] parameter dtype, normalised to [-1, 1]
+    vit_patches: Tensor | None  # [Nv, p*p*3] parameter dtype, normalised to [-1, 1]; None where features are given
     latents: Tensor  # [G, d] float32, clean
     noise: Tensor  # [G, d] float32
+    vit_features: Tensor | None = None  # [tokens of this rank's chunk, ViT hidden] of a tower that ran before
 
 
 class UndEmbeddings(MegatronModule):
@@ -40,28 +41,24 @@ class UndEmbeddings(MegatronModule):
             model.vocab_size, hidden, init_method=config.init_method, config=config, tp_group=tp_group
         )
         if model.visual_und:
-            self.vit = VisionTower(model.vit, dtype)
             self.connector = VisionMLP(model.vit.hidden_size, hidden, hidden, model.connector_act, dtype)
             table = sincos_table(model.vit.max_num_patch_per_side, hidden)
             self.register_buffer("vit_pos_embed", table, persistent=False)
 
-    def image_features(self, patches: Tensor, position_ids: Tensor, seqlens: list[int]) -> Tensor:
-        """[n, p*p*3] -> [n, hidden]: tower, connector, position table."""
-        features = self.connector(self.vit(patches, position_ids, seqlens))
+    def connect(self, features: Tensor, position_ids: Tensor) -> Tensor:
+        """[n, ViT hidden] -> [n, hidden]: connector, position table."""
+        features = self.connector(features)
         return features + self.vit_pos_embed[position_ids].to(features.dtype)
 
-    def forward(self, plan: PackPlan, chunk: Chunk, vit_patches: Tensor) -> Tensor:
-        """-> [chunk.und_length, hidden]."""
+    def forward(self, plan: PackPlan, chunk: Chunk, features: Tensor | None) -> Tensor:
+        """features [ViT tokens of the chunk + 1, ViT hidden], the last one a dummy -> [chunk.und_length, hidden]."""
         spare = chunk.und_length  # an extra row
         tokens = self.word_embeddings(pad(chunk.text_ids, (0, 1))[None])[0]
         rows = tokens.new_zeros(chunk.und_length + 1, tokens.shape[-1])
         rows = rows.index_add(0, pad(chunk.text_rows, (0, 1), value=spare), tokens)
-        if hasattr(self, "vit"):
-            features = self.image_features(
-                pad(vit_patches, (0, 0, 0, 1)), pad(plan.vit_position_ids, (0, 1)), [*plan.vit_seqlens.tolist(), 1]
-            )
-            features = features[pad(chunk.vit_tokens, (0, 1), value=len(features) - 1)]
-            rows = rows.index_add(0, pad(chunk.vit_rows, (0, 1), value=spare), features)
+        if features is not None:
+            connected = self.connect(features, pad(plan.vit_position_ids[chunk.vit_tokens], (0, 1)))
+            rows = rows.index_add(0, pad(chunk.vit_rows, (0, 1), value=spare), connected)
         return rows[:-1]
 
 
@@ -98,9 +95,9 @@ class InputEmbeddings(MegatronModule):
         self.und = UndEmbeddings(config, model, tp_group)
         self.gen = GenEmbeddings(model, config.params_dtype) if model.visual_gen else None
 
-    def forward(self, plan: PackPlan, chunk: Chunk, inputs: StreamInputs) -> Tensor:
+    def forward(self, plan: PackPlan, chunk: Chunk, inputs: StreamInputs, features: Tensor | None) -> Tensor:
         """-> [rows of the chunk (over tensor-parallel ranks with sequence parallelism), 1, hidden]."""
-        und = self.und(plan, chunk, inputs.vit_patches)
+        und = self.und(plan, chunk, features)
         if self.freeze_und:
             und = und.detach()
         if self.gen is None:

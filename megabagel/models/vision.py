@@ -1,14 +1,20 @@
-"""SigLIP NaViT vision tower and the connector into the language model; replicated over tensor-parallel ranks.
+"""SigLIP NaViT vision tower and the connector into the language model; replicated over ranks.
 
 Each image attends to itself only, at its own resolution. Weight names follow the released BAGEL files.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from megabagel.config.schema import VisionConfig
+from megabagel.config.schema import ModelConfig, VisionConfig
 from megabagel.models.split_attention import AttentionPlan, plan_attention, split_attention
+
+
+def is_frozen(model: ModelConfig) -> bool:
+    """Whether the tower does not train: then it runs before the pipeline, on every rank of a replica."""
+    return model.freeze_vit or model.freeze_und
 
 
 class VisionAttention(nn.Module):
@@ -54,10 +60,14 @@ class VisionLayer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches of many images -> features: linear patch embedding, learned positions, encoder, final LayerNorm."""
+    """Patches of many images -> features: linear patch embedding, learned positions, encoder, final LayerNorm.
 
-    def __init__(self, config: VisionConfig, dtype: torch.dtype):
+    `recompute`: the backward pass computes each layer's activations again instead of keeping them.
+    """
+
+    def __init__(self, config: VisionConfig, dtype: torch.dtype, recompute: bool = False):
         super().__init__()
+        self.config, self.recompute = config, recompute
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size, dtype=dtype)
         self.position_embedding = nn.Embedding(config.max_num_patch_per_side**2, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(VisionLayer(config, dtype) for _ in range(config.num_layers))
@@ -69,5 +79,8 @@ class VisionTower(nn.Module):
         plan = plan_attention([(rows, rows, False) for rows in images], len(patches)).to(patches.device)
         x = self.patch_embedding(patches) + self.position_embedding(position_ids)
         for layer in self.layers:
-            x = layer(x, plan)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, plan, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, plan)
         return self.post_layernorm(x)

@@ -38,7 +38,7 @@ class Layout:
     dp_rank: int
     dp_size: int
     replica_ranks: tuple[int, ...]  # global ranks of this rank's replica
-    replica_group: dist.ProcessGroup  # gloo, for plans: Python objects and CPU tensors
+    replica_group: dist.ProcessGroup  # of these ranks; takes CPU tensors (plans) as well as those of the device
 
     @property
     def source_rank(self) -> int:
@@ -159,7 +159,8 @@ def _seed(seed: int) -> None:
 
 
 def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessGroup]:
-    """Ranks of this rank's replica and a gloo group of them. Every rank makes the groups of all replicas, in order."""
+    """Ranks of this rank's replica and a group of them. Every rank makes the groups of all replicas, in order."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     generator = parallel_state.RankGenerator(
         tp=parallel_state.get_tensor_model_parallel_world_size(),
         ep=1,
@@ -170,7 +171,7 @@ def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessG
     )
     mine = None
     for ranks in generator.get_ranks("tp-cp-pp"):
-        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(ranks, backend=backend, timeout=_TIMEOUT)
         if dist.get_rank() in ranks:
             mine = tuple(ranks), group
     return mine

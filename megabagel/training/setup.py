@@ -10,6 +10,7 @@ from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
 from megabagel.models.build import DTYPES, build_stages
+from megabagel.models.vision import is_frozen
 from megabagel.packing.geometry import geometry_of
 from megabagel.packing.planner import fixed_length
 from megabagel.runtime.distributed import Layout
@@ -47,6 +48,7 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     source = open_source(config)
     load_weights(stages, source)
     source.close()
+    vision = stages[0].vision if is_frozen(config.model) else None
     stages = wrap(stages, config.parallel)
     optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
     ema = ShardedEma(optimizer) if config.optimizer.ema_decay is not None else None
@@ -60,7 +62,7 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     reader = ReplicaReader(
         lambda: _open_reader(config, layout, tile, total_length), layout.replica_group, layout.source_rank
     )
-    encoder = Encoder(config, layout, autoencoder)
+    encoder = Encoder(config, layout, autoencoder, vision)
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows)
     if config.checkpoint.auto_resume:
         trainer.resume()

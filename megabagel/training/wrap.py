@@ -4,6 +4,7 @@ Losses are divided by global counts before backward; nothing after that may scal
 """
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -12,6 +13,7 @@ from megatron.core.distributed import (
 from megatron.core.transformer.module import MegatronModule
 
 from megabagel.config.schema import ParallelConfig
+from megabagel.training.partial_sums import sum_partial_gradients
 
 
 def wrap(model_chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
@@ -46,3 +48,4 @@ def wrap(model_chunks: list[MegatronModule], parallel: ParallelConfig) -> list[D
 def _finalize(model: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: object) -> None:
     """Sum gradients over data-parallel and, where a weight is replicated, tensor-parallel ranks; no scaling."""
     finalize_model_grads(model, None, **options)
+    sum_partial_gradients(model, parallel_state.get_tensor_model_parallel_group())

@@ -66,11 +66,11 @@ PARAMETERS = {  # parameter -> whole shape in our model, released shapes
     "heads.llm2vae.bias": ((16,), {"llm2vae.bias": (16,)}),
     "embeddings.gen.time_embedder.mlp.2.weight": ((64, 64), {"time_embedder.mlp.2.weight": (64, 64)}),
     "embeddings.und.connector.fc1.weight": ((64, 48), {"connector.fc1.weight": (64, 48)}),
-    "embeddings.und.vit.layers.1.self_attn.q_proj.bias": (
+    "vision.layers.1.self_attn.q_proj.bias": (
         (48,),
         {"vit_model.vision_model.encoder.layers.1.self_attn.q_proj.bias": (48,)},
     ),
-    "embeddings.und.vit.patch_embedding.weight": (
+    "vision.patch_embedding.weight": (
         (48, 588),
         {"vit_model.vision_model.embeddings.patch_embedding.weight": (48, 588)},
     ),

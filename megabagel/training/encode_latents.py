@@ -1,0 +1,82 @@
+"""The frozen autoencoder's part of the encode phase: pictures to clean latent tokens, for the first and last stage.
+
+Who encodes which picture is decided by the caller.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from megabagel.config.schema import Config
+from megabagel.data.reader import Pack
+from megabagel.models.autoencoder import Autoencoder, patchify
+from megabagel.models.build import DTYPES
+from megabagel.models.costs import autoencoder_flops
+from megabagel.runtime import rng
+from megabagel.runtime.distributed import Layout
+from megabagel.runtime.exchange import exchange, plan_exchange
+
+PIXELS_AT_ONCE = 2**20  # of pictures encoded as one batch: bounds the memory of activations
+
+
+def normalise(image: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """uint8 [..., 3, H, W] -> [-1, 1] in `dtype`."""
+    return (image.to(device).float() / 127.5 - 1).to(dtype)
+
+
+class LatentEncoder:
+    """One rank's share of the latents of a step. `autoencoder` is None for a model that makes no images."""
+
+    def __init__(self, config: Config, layout: Layout, autoencoder: Autoencoder | None):
+        self.layout, self.seed, self.autoencoder = layout, config.data.seed, autoencoder
+        self.dtype = DTYPES[config.training.params_dtype]
+        self.patch_size = config.model.latent_patch_size
+        self.channels = self.patch_size**2 * config.model.vae.z_channels
+
+    def costs(self, packs: list[Pack]) -> list[int]:
+        """Operations for each picture of the step."""
+        if self.autoencoder is None:
+            return []
+        return [autoencoder_flops(self.autoencoder.config, *i.shape[1:]) for pack in packs for i in pack.vae_images]
+
+    @torch.no_grad()
+    def encode(self, packs: list[Pack], owners: list[int]) -> list[Tensor]:
+        """`owners`: rank of the replica that encodes each picture. -> float32 [G, channels] per pack on the first and
+        last stage, [0, channels] elsewhere. Every rank of the replica calls it."""
+        images = [image for pack in packs for image in pack.vae_images]
+        keys = [key for pack in packs for key in pack.plan.image_keys.tolist()]
+        grids = torch.cat([pack.plan.latent_grids for pack in packs])
+        tokens = grids.prod(dim=1)
+        me = self.layout.replica_ranks.index(self.layout.rank)
+        mine = [index for index, owner in enumerate(owners) if owner == me]
+        sizes = [int(tokens[index]) for index in mine]
+        rows = torch.empty(sum(sizes), self.channels, device=self.layout.device)
+        by_shape = defaultdict(list)
+        for index, part in zip(mine, rows.split(sizes), strict=True):
+            by_shape[images[index].shape].append((images[index], keys[index], part))
+        for shape, works in by_shape.items():
+            at_once = max(1, PIXELS_AT_ONCE // (shape[1] * shape[2]))
+            for start in range(0, len(works), at_once):
+                self._fill(works[start : start + at_once])
+        wanted = self._wanted(int(tokens.sum()))
+        if images:
+            row_owners = torch.tensor(owners).repeat_interleave(tokens)
+            rows = exchange(rows, plan_exchange(row_owners, wanted, me), self.layout.replica_group)
+        return list(rows.split([len(pack.plan.gen_index) if len(wanted[me]) else 0 for pack in packs]))
+
+    def _wanted(self, tokens: int) -> list[Tensor]:
+        """Per rank of the replica, the latent tokens that it needs: all of them on the first and the last stage."""
+        ranks, stage = len(self.layout.replica_ranks), len(self.layout.last_stage_ranks)
+        every, none = torch.arange(tokens), torch.arange(0)
+        return [every if rank < stage or rank >= ranks - stage else none for rank in range(ranks)]
+
+    def _fill(self, works: list[tuple[Tensor, list[int], Tensor]]) -> None:
+        """(picture, key, rows to fill) of pictures of one size, encoded as one batch."""
+        images, keys, rows = zip(*works, strict=True)
+        pixels = normalise(torch.stack(images), self.layout.device, self.dtype)
+        moments = self.autoencoder.encode_moments(pixels).float()
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = torch.stack([torch.from_numpy(rng.normal(self.seed, "posterior", key, shape)) for key in keys])
+        for row, latent in zip(rows, self.autoencoder.sample(moments, noise.to(moments.device)), strict=True):
+            row.copy_(patchify(latent, self.patch_size))
