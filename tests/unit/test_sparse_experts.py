@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megabagel.models.build import transformer_config
@@ -12,6 +12,7 @@ from megabagel.models.expert_mark import is_expert
 from megabagel.models.expert_router import PackRouter
 from megabagel.models.sparse_experts import TRANSFORMER_ENGINE, SparseMLP, sparse_submodules
 from megabagel.runtime import distributed
+from tests.sparse_reference import sparse_mlp
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip  after the adapter
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler  # isort: skip
@@ -50,29 +51,6 @@ def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return hidden, torch.arange(ROWS) >= ROWS - PADDING
 
 
-def swiglu(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    gate, up = (x @ fc1.T).chunk(2, dim=-1)
-    return (nn.functional.silu(gate) * up) @ fc2.T
-
-
-def reference(mlp: SparseMLP, hidden: Tensor, padding: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, load balancing and z by their formulas: every expert computes every row."""
-    weights = dict(mlp.named_parameters())
-    x = hidden[:, 0]
-    logits = x @ weights["router.weight"].T
-    experts = logits.shape[1]
-    best, chosen = logits.topk(model.moe_router_topk)
-    probs = torch.zeros_like(logits).scatter(1, chosen, best.softmax(dim=-1))
-    out = swiglu(x, weights["shared_experts.linear_fc1.weight"], weights["shared_experts.linear_fc2.weight"])
-    for e in range(experts):
-        prefix = f"experts.local_experts.{e}.linear_fc"
-        out = out + probs[:, e : e + 1] * swiglu(x, weights[f"{prefix}1.weight"], weights[f"{prefix}2.weight"])
-    valid = logits[~padding]
-    fraction = nn.functional.one_hot(chosen[~padding], experts).sum(dim=(0, 1)) / chosen[~padding].numel()
-    balance = experts * (fraction * valid.softmax(dim=-1).mean(dim=0)).sum()
-    return out[:, None], balance, valid.logsumexp(dim=-1).square().mean()
-
-
 def gradients(mlp: SparseMLP, hidden: Tensor) -> dict[str, Tensor]:
     found = {name: parameter.grad.clone() for name, parameter in mlp.named_parameters()} | {"hidden": hidden.grad}
     hidden.grad = None
@@ -88,7 +66,8 @@ def test_output_losses_and_gradients_equal_plain_pytorch():
     out, _ = mlp(hidden, padding)
     (out * probe).sum().backward()
     found, measured = gradients(mlp, hidden), mlp.router.take_measured()
-    expected, balance, z = reference(mlp, hidden, padding, MODEL)
+    expected, balance, z = sparse_mlp(dict(mlp.named_parameters()), hidden[:, 0], padding, MODEL.moe_router_topk)
+    expected = expected[:, None]
     ((expected * probe).sum() + 0.25 * (0.3 * balance + 0.1 * z)).backward()
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(measured, torch.stack([balance, z]), rtol=1e-5, atol=1e-6)
