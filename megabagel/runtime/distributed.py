@@ -92,7 +92,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     # an expert is never split: more expert-parallel ranks serve the same end
     parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
     _seed(seed)
-    ranks, group = _replica(parallel.context_parallel_size)
+    ranks, group, device_group = _replica(parallel.context_parallel_size, device)
     return Layout(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -107,6 +107,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         dp_size=parallel_state.get_data_parallel_world_size(),
         replica_ranks=ranks,
         replica_group=group,
+        replica_device_group=device_group,
     )
 
 
@@ -158,9 +159,13 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessGroup]:
-    """Ranks of this rank's replica and a group of them. Every rank makes the groups of all replicas, in order."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def _replica(
+    context_parallel_size: int, device: torch.device
+) -> tuple[tuple[int, ...], dist.ProcessGroup, dist.ProcessGroup]:
+    """Ranks of this rank's replica, a gloo group of them and one for the device's tensors.
+
+    Every rank makes the groups of all replicas, in order.
+    """
     generator = parallel_state.RankGenerator(
         tp=parallel_state.get_tensor_model_parallel_world_size(),
         ep=1,
@@ -171,7 +176,8 @@ def _replica(context_parallel_size: int) -> tuple[tuple[int, ...], dist.ProcessG
     )
     mine = None
     for ranks in generator.get_ranks("tp-cp-pp"):
-        group = dist.new_group(ranks, backend=backend, timeout=_TIMEOUT)
+        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
+        device_group = group if device.type == "cpu" else dist.new_group(ranks, timeout=_TIMEOUT)
         if dist.get_rank() in ranks:
-            mine = tuple(ranks), group
+            mine = tuple(ranks), group, device_group
     return mine

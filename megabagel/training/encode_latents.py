@@ -62,7 +62,7 @@ class LatentEncoder:
         wanted = self._wanted(int(tokens.sum()))
         if images:
             row_owners = torch.tensor(owners).repeat_interleave(tokens)
-            rows = exchange(rows, plan_exchange(row_owners, wanted, me), self.layout.replica_group)
+            rows = exchange(rows, plan_exchange(row_owners, wanted, me), self.layout.replica_device_group)
         return list(rows.split([len(pack.plan.gen_index) if len(wanted[me]) else 0 for pack in packs]))
 
     def _wanted(self, tokens: int) -> list[Tensor]:

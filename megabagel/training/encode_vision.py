@@ -67,7 +67,7 @@ class VisionEncoder:
         if images:
             row_owners = torch.tensor(owners).repeat_interleave(tokens)
             plan = plan_exchange(row_owners, [torch.cat(parts) for parts in wanted], me)
-            rows = exchange(rows, plan, self.layout.replica_group)
+            rows = exchange(rows, plan, self.layout.replica_device_group)
         return list(rows.split([len(part) for part in wanted[me]]))
 
     def _wanted(self, packs: list[Pack]) -> list[list[Tensor]]:
