@@ -38,7 +38,8 @@ class Layout:
     dp_rank: int
     dp_size: int
     replica_ranks: tuple[int, ...]  # global ranks of this rank's replica
-    replica_group: dist.ProcessGroup  # of these ranks; takes CPU tensors (plans) as well as those of the device
+    replica_group: dist.ProcessGroup  # gloo, for plans: Python objects and CPU tensors
+    replica_device_group: dist.ProcessGroup  # of the same ranks, for tensors on `device`
 
     @property
     def source_rank(self) -> int:
