@@ -1,6 +1,6 @@
 """Checks megabagel against a golden case: forward values, losses, gradients and five training steps.
 
-    python tools/check_parity.py tests/golden/public-basic --tensor-model-parallel-size 2
+    python tools/check_parity.py tests/golden/public-basic --tensor-model-parallel-size 2 --sequence-parallel
 
 It starts its own processes, prints one JSON line (worst relative error of each group) and exits 0 if all groups pass.
 """
@@ -14,15 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
+
+from parity.layout import add_options, world_size  # noqa: E402
+
 RESULT = "MEGABAGEL_PARITY_RESULT"  # file that rank 0 writes its line to; set in the processes that this program starts
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case_dir", help="folder with ckpt/, batch.safetensors, expected.safetensors and meta.json")
-    for name in ("tensor-model-parallel-size", "pipeline-model-parallel-size", "data-parallel-size"):
-        parser.add_argument(f"--{name}", type=int, default=1, metavar="N")
-    parser.add_argument("--sequence-parallel", action="store_true", help="shard activations over tensor-parallel ranks")
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -38,16 +39,12 @@ def main(argv: list[str]) -> int:
     if RESULT in os.environ:
         on_rank(options, Path(os.environ[RESULT]))
         return 0
-    sizes = options.tensor_model_parallel_size, options.pipeline_model_parallel_size, options.data_parallel_size
-    if min(sizes) < 1:
-        print(f"parallel sizes must be at least 1, found {sizes}", file=sys.stderr)
-        return 1
-    world_size = sizes[0] * sizes[1] * sizes[2]
+    processes = world_size(options)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable]
-        if world_size > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]))
         environment = {"OMP_NUM_THREADS": "1", **os.environ, RESULT: str(result), "PYTHONPATH": path}
         # the ranks may only speak on standard error: standard output is for the one line

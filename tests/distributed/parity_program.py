@@ -1,6 +1,6 @@
 """Golden cases in several layouts by the processes of one launch (a start costs more than a case); prints JSON lines.
 
-parity_program.py layouts SIZES...      SIZES: tensor,pipeline,data[,sequence], for both cases each
+parity_program.py layouts JOB...        JOB: name of a case, then options of tools/check_parity.py, in one argument
 parity_program.py sensitivity           one process: which altered expected values go unnoticed
 """
 
@@ -16,37 +16,36 @@ from megatron.core import parallel_state
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from check_parity import parse  # noqa: E402
 from parity.autoencoder import check_autoencoder  # noqa: E402
 from parity.case import Case, load_case, run_config  # noqa: E402
 from parity.compare import Report  # noqa: E402
 from parity.judge import FORWARD, judge  # noqa: E402
+from parity.layout import parallel_config, training_settings, world_size  # noqa: E402
 from parity.train import Results, Runner  # noqa: E402
 
-from megabagel.config.schema import ParallelConfig  # noqa: E402
 from megabagel.runtime.distributed import destroy, initialize  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
-CASES = ("public-basic", "public-wide")
 
 
-def run(case: Case, tensor: int, pipeline: int, data: int, sequence: bool = False) -> Results | None:
-    parallel = ParallelConfig(tensor, pipeline, sequence_parallel=sequence)
-    config = run_config(case, parallel, data)
-    results = Runner(case, config, initialize(parallel, seed=0)).run()
+def run(case: Case, options: list[str]) -> Results | None:
+    layout = parse([str(case.folder), *options])
+    config = run_config(case, parallel_config(layout), world_size(layout), training_settings(layout))
+    results = Runner(case, config, initialize(config.parallel, seed=0)).run()
     parallel_state.destroy_model_parallel()
     return results
 
 
-def layouts(sizes: list[str]) -> None:
-    for layout in sizes:
-        for name in CASES:
-            case = load_case(GOLDEN / name)
-            results = run(case, *map(int, layout.split(",")))
-            if results is not None:
-                report = Report()
-                judge(case, results, report)
-                line = {"case": name, "layout": layout, "pass": report.passed, **report.as_json()}
-                print(json.dumps(line), flush=True)
+def layouts(jobs: list[str]) -> None:
+    for job in jobs:
+        name, *options = job.split()
+        case = load_case(GOLDEN / name)
+        results = run(case, options)
+        if results is not None:
+            report = Report()
+            judge(case, results, report)
+            print(json.dumps({"job": job, "pass": report.passed, **report.as_json()}), flush=True)
 
 
 def altered(case: Case) -> list[tuple[str, Case]]:
@@ -79,7 +78,7 @@ def altered(case: Case) -> list[tuple[str, Case]]:
 
 def sensitivity() -> None:
     case = load_case(GOLDEN / "public-basic")
-    results = run(case, 1, 1, 1)
+    results = run(case, [])
     unnoticed, changes = [], altered(case)
     for name, changed in changes:
         report = Report()

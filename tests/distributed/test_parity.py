@@ -17,6 +17,52 @@ from tests.distributed.launch import ROOT, launch_ok
 GOLDEN = ROOT / "tests" / "golden"
 PROGRAM = ROOT / "tests" / "distributed" / "parity_program.py"
 
+BASIC, WIDE = "public-basic", "public-wide"  # 4 heads and 4 layers, 8 heads and 6 layers; 2 key heads both
+SHORT = {
+    "tp": "tensor-model-parallel-size",
+    "cp": "context-parallel-size",
+    "pp": "pipeline-model-parallel-size",
+    "vp": "virtual-pipeline-model-parallel-size",
+    "ep": "expert-model-parallel-size",
+    "dp": "data-parallel-size",
+    "first": "num-layers-in-first-pipeline-stage",
+    "last": "num-layers-in-last-pipeline-stage",
+    "sp": "sequence-parallel",
+    "recompute": "recompute-granularity",
+}
+OVERLAP = "overlap-grad-reduce overlap-param-gather"
+# processes -> layout -> cases
+JOBS = {
+    2: {
+        "tp=2": [BASIC, WIDE],
+        "tp=2 sp recompute=selective recompute-modules=core_attn,mlp,layernorm": [BASIC, WIDE],
+        "pp=2 first=1": [BASIC],
+        "pp=2 pipeline-split=auto": [WIDE],
+        "pp=2 vp=2": [BASIC],
+        "pp=2 vp=3 recompute=full": [WIDE],
+        f"dp=2 {OVERLAP}": [BASIC],
+        "cp=2 recompute=full recompute-vit": [BASIC, WIDE],
+        "ep=2": [BASIC, WIDE],
+    },
+    4: {
+        "cp=4": [WIDE],  # more ranks than key heads
+        "tp=2 cp=2 sp": [BASIC],
+        "tp=2 pp=2 sp last=4": [WIDE],
+        "cp=2 pp=2 vp=2": [BASIC],
+        f"ep=4 und-expert-ranks=1 {OVERLAP}": [BASIC],
+        "tp=2 ep=2 pp=2": [WIDE],
+    },
+}
+
+
+def options(layout: str) -> str:
+    """The tool's options of a layout in short form."""
+    words = []
+    for word in layout.split():
+        name, _, value = word.partition("=")
+        words += [f"--{SHORT.get(name, name)}", *value.split(",")] if value else [f"--{SHORT.get(name, name)}"]
+    return " ".join(words)
+
 
 def lines(output: str) -> list[dict]:
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
@@ -27,14 +73,11 @@ def check_parity(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(program, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize(
-    "processes, layouts", [(2, ["2,1,1", "2,1,1,1", "1,2,1", "1,1,2"]), (4, ["2,2,1"])], ids=["two", "four"]
-)
-def test_golden_cases_pass_on_every_layout(processes, layouts):
-    reports = lines(launch_ok(PROGRAM, "layouts", *layouts, processes=processes, timeout=400))
-    assert {(r["case"], r["layout"]) for r in reports} == {
-        (case, layout) for case in ("public-basic", "public-wide") for layout in layouts
-    }
+@pytest.mark.parametrize("processes", JOBS)
+def test_golden_cases_pass_on_every_layout(processes):
+    jobs = [f"{case} {options(layout)}" for layout, cases in JOBS[processes].items() for case in cases]
+    reports = lines(launch_ok(PROGRAM, "layouts", *jobs, processes=processes, timeout=400))
+    assert [r["job"] for r in reports] == jobs
     assert [r for r in reports if not r["pass"]] == []
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megabagel.config.checks import check_model
+from megabagel.config.checks import check_layout
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import (
     CheckpointConfig,
@@ -103,8 +103,11 @@ def model_config(case: Case) -> ModelConfig:
     return dataclasses.replace(model, **changes, vit=dataclasses.replace(model.vit, **vit))
 
 
-def run_config(case: Case, parallel: ParallelConfig, data_parallel_size: int) -> Config:
-    """float32 training with the recipe of the case's trajectory. Raises ConfigError when the layout does not fit."""
+def run_config(
+    case: Case, parallel: ParallelConfig, processes: int, training: dict[str, object] | None = None
+) -> Config:
+    """float32 training with the recipe of the case's trajectory on so many processes. `training`: further settings of
+    that group. Raises ConfigError when the layout does not fit."""
     recipe = case.meta["trajectory"]["recipe"]
     config = Config(
         model=model_config(case),
@@ -119,10 +122,11 @@ def run_config(case: Case, parallel: ParallelConfig, data_parallel_size: int) ->
             clip_grad=recipe["max_grad_norm"],
             ema_decay=recipe["ema_decay"],
         ),
-        training=TrainingConfig(params_dtype="fp32", global_batch_size=data_parallel_size),
+        # as good as any number that suits the layout: micro-batches are made of the case's samples
+        training=TrainingConfig(params_dtype="fp32", global_batch_size=processes, **(training or {})),
         checkpoint=CheckpointConfig(init_from=str(case.checkpoint)),
     )
-    check_model(config)
+    check_layout(config, processes)
     return config
 
 

@@ -1,6 +1,6 @@
-"""Runs one step of the real training code on these ranks and collects what it computed inside.
+"""Collects what a step of the real training code computed inside on this rank, by hooks on the modules.
 
-Forward values come from hooks on the modules, gradients from the DDP buffers after they were summed.
+Putting the ranks' parts together is `gather.py`'s matter.
 """
 
 from collections import defaultdict
@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megabagel.checkpoint.hf import stage_rules
-from megabagel.checkpoint.names import export_shard
 from megabagel.models.bagel import Bagel
 from megabagel.models.embeddings import StreamInputs
 from megabagel.models.flow import velocity
+from megabagel.models.vision_spread import image_owners
+from megabagel.packing.chunk import chunk_of
 from parity.plans import Share
 
 # name -> places of the rows in the saved order, rows
@@ -24,16 +24,27 @@ Captured = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class Recorder:
-    """Forward hooks on one stage; `rows` holds each hooked module's outputs in the order of its calls."""
+    """Forward hooks on this rank's stages; `rows` holds, per micro-batch, each hooked module's outputs in the order of
+    its calls. What runs outside of a stage's forward pass (recomputation) is not recorded.
+    """
 
-    rows: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    shares: list[Share]
+    rows: list[dict[str, list[Tensor]]] = field(default_factory=list)
     handles: list = field(default_factory=list)
+    current: int | None = None  # micro-batch whose forward pass runs
 
-    def attach(self, stage: Bagel) -> "Recorder":
+    def attach(self, stages: list[Bagel]) -> "Recorder":
+        self.rows = [defaultdict(list) for _ in self.shares]
+        for stage in stages:
+            self._attach(stage)
+        return self
+
+    def _attach(self, stage: Bagel) -> None:
+        self.handles += [stage.register_forward_pre_hook(self._begin), stage.register_forward_hook(self._end)]
         if stage.pre_process:
             self._watch("llm_input", stage.embeddings)
-            if hasattr(stage.embeddings.und, "vit"):
-                self._watch("vit_last_hidden", stage.embeddings.und.vit)
+            if stage.vision is not None:
+                self._watch("vit_last_hidden", stage.vision)
                 self._watch("vit_connector_out", stage.embeddings.und.connector)
             if stage.embeddings.gen is not None:
                 self._watch("timestep_embeds", stage.embeddings.gen.time_embedder)
@@ -47,14 +58,20 @@ class Recorder:
             self._watch("losses", stage.heads)
             if hasattr(stage.heads, "llm2vae"):
                 self._watch("velocity", stage.heads.llm2vae)
-        return self
+
+    def _begin(self, _: nn.Module, args: tuple) -> None:
+        (self.current,) = [number for number, share in enumerate(self.shares) if share.plan is args[0]]
+
+    def _end(self, *_: object) -> None:
+        self.current = None
 
     def _watch(self, name: str, module: nn.Module, inputs: bool = False) -> None:
         def hook(_, args, output):
             value = args[0] if inputs else output
             if isinstance(value, tuple) and name != "losses":
                 value = value[0]
-            self.rows[name].append(value if name == "losses" else value.detach().clone())
+            if self.current is not None:
+                self.rows[self.current][name].append(value if name == "losses" else value.detach().clone())
 
         self.handles.append(module.register_forward_hook(hook))
 
@@ -63,32 +80,60 @@ class Recorder:
             handle.remove()
 
 
-def forward_values(recorder: Recorder, share: Share, inputs: StreamInputs, stage: Bagel) -> Captured:
-    """The recorded rows of one forward pass without padding, with their places in the saved order."""
+def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: StreamInputs, stage: Bagel) -> Captured:
+    """The recorded rows of one micro-batch without padding, with their places in the saved order.
+
+    `stage`: any of this rank's. Streams are those of this rank's context-parallel chunk.
+    """
     plan, out = share.plan, {}
-    und, gen = len(plan.und_index), len(plan.gen_index)
-    places = torch.cat([share.positions[plan.und_index], share.positions[plan.gen_index]])
+    chunk = chunk_of(plan, stage.cp_rank, stage.cp_size)
+    first = stage.cp_rank * chunk.und_length
+    und_places = share.positions[plan.und_index[first : first + chunk.und_length]]
+    gen_places = share.positions[plan.gen_index[chunk.latents]]
+    ce = share.ce[_inside(plan.ce_rows, first, chunk.und_length)]
+    mse_inside = _inside(plan.mse_rows, stage.cp_rank * chunk.gen_length, chunk.gen_length)
+    mse = share.mse[mse_inside]
 
     def streams(und_rows: Tensor, gen_rows: Tensor) -> tuple[Tensor, Tensor]:
-        return places, torch.cat([und_rows[:und], gen_rows[:gen]])
+        return torch.cat([und_places, gen_places]), torch.cat(
+            [und_rows[: len(und_places)], gen_rows[: len(gen_places)]]
+        )
 
-    for name, calls in recorder.rows.items():
+    if inputs.vit_features is not None:
+        out["vit_last_hidden"] = share.vit[chunk.vit_tokens], inputs.vit_features
+    for name, calls in recorded.items():
         value = calls[0]
         if name == "llm_input" or name.startswith("layer_out."):
-            out[name] = streams(*_whole_streams(value[:, 0], stage, plan.und_length, plan.gen_length))
+            out[name] = streams(*_whole_streams(value[:, 0], stage, chunk.und_length, chunk.gen_length))
         elif name == "final":
             out["last_hidden_state"] = streams(*calls)
-        elif name in ("vit_last_hidden", "vit_connector_out"):
-            out[name] = share.vit, value[: len(share.vit)]
+        elif name == "vit_last_hidden":
+            own = _own_vit_tokens(share, stage)
+            out[name] = share.vit[own], value[: len(own)]
+        elif name == "vit_connector_out":
+            out[name] = share.vit[chunk.vit_tokens], value[: len(chunk.vit_tokens)]
         elif name in ("timesteps", "timestep_embeds"):
-            out[name] = share.latent, value[:gen]
+            out[name] = share.latent[chunk.latents], value[: len(gen_places)]
         elif name == "losses":
-            out["ce"] = share.ce, value.ce.detach()[:-1]
-            out["mse_mean"] = share.mse, value.mse.detach()[: len(share.mse)]
+            out["ce"] = ce, value.ce.detach()[:-1]
+            out["mse_mean"] = mse, value.mse.detach()[: len(mse)]
         elif name == "velocity":
-            target = velocity(inputs.latents, inputs.noise)[plan.mse_rows]
-            out["mse"] = share.mse, (value[:-1] - target).square()
+            target = velocity(inputs.latents, inputs.noise)[plan.mse_rows[mse_inside]]
+            out["mse"] = mse, (value[:-1] - target).square()
     return out
+
+
+def _inside(rows: Tensor, start: int, length: int) -> Tensor:
+    """Which of these rows of a stream lie in a chunk of it."""
+    return ((rows >= start) & (rows < start + length)).nonzero()[:, 0]
+
+
+def _own_vit_tokens(share: Share, stage: Bagel) -> Tensor:
+    """Which of the share's ViT tokens belong to pictures that this rank runs through the tower."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    seqlens = share.plan.vit_seqlens
+    owners = image_owners(seqlens.tolist(), stage.model_config.vit, group.size())
+    return (torch.tensor(owners, dtype=torch.int64).repeat_interleave(seqlens) == group.rank()).nonzero()[:, 0]
 
 
 def _whole_streams(rows: Tensor, stage: Bagel, und_length: int, gen_length: int) -> tuple[Tensor, Tensor]:
@@ -100,54 +145,3 @@ def _whole_streams(rows: Tensor, stage: Bagel, und_length: int, gen_length: int)
     dist.all_gather(shards, rows.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     pairs = [s.split([und_length // tp, gen_length // tp]) for s in shards]
     return torch.cat([u for u, _ in pairs]), torch.cat([g for _, g in pairs])
-
-
-Shards = dict[str, tuple[Tensor, int | None]]
-
-
-def export(stage: Bagel, values: dict[str, Tensor]) -> Shards:
-    """Values by parameter name -> this rank's shards by released name."""
-    rules = stage_rules(stage)
-    shards: Shards = {}
-    for parameter, value in values.items():
-        for name, (shard, dim) in export_shard(value, rules[parameter]).items():
-            shards[name] = shard.detach().float().clone(), dim
-    return shards
-
-
-def gather(value: object) -> list | None:
-    """Every rank's object on rank 0, in rank order; None elsewhere."""
-    if dist.get_world_size() == 1:
-        return [value]
-    out = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, out)
-    return out
-
-
-def gather_tensors(shards: Shards) -> dict[str, list[Tensor]] | None:
-    """Whole tensors by released name on rank 0: every copy that the ranks hold, sharded ones put together."""
-    position = (parallel_state.get_data_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank())
-    everything = gather((position, parallel_state.get_tensor_model_parallel_rank(), shards))
-    if everything is None:
-        return None
-    whole: dict[str, list[Tensor]] = defaultdict(list)
-    by_position = defaultdict(dict)
-    for position, tp_rank, held in everything:
-        by_position[position][tp_rank] = held
-    for ranks in by_position.values():
-        for name, (_, dim) in ranks[0].items():
-            parts = [ranks[r][name][0] for r in sorted(ranks)]
-            whole[name].extend(parts if dim is None else [torch.cat(parts, dim=dim)])
-    return dict(whole)
-
-
-def gather_rows(captured: Captured) -> dict[str, dict[int, list[tuple[Tensor, Tensor]]]] | None:
-    """Forward values on rank 0: name -> tensor-parallel rank -> (places, rows) of every replica's copy."""
-    everything = gather((parallel_state.get_tensor_model_parallel_rank(), captured))
-    if everything is None:
-        return None
-    rows: dict = defaultdict(lambda: defaultdict(list))
-    for tp_rank, held in everything:
-        for name, (places, part) in held.items():
-            rows[name][tp_rank].append((places, part))
-    return rows

@@ -3,7 +3,7 @@
 Independent of the packer on purpose: it trusts the indices in batch.safetensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ _MODES = {"causal": CAUSAL, "full": FULL, "noise": NOISE}
 
 @dataclass
 class Share:
-    """The part of a case that one model replica trains on. The maps are int64 indices into the saved tensors."""
+    """The part of a case that is one micro-batch. The maps are int64 indices into the saved tensors."""
 
     plan: PackPlan
     positions: Tensor  # [L'] sequence positions
@@ -25,6 +25,30 @@ class Share:
     latent: Tensor  # latent tokens
     ce: Tensor  # cross-entropy rows
     mse: Tensor  # MSE rows
+
+
+def make_shares(case: Case, replica: int, replicas: int, stages: int, tile: int) -> list[Share]:
+    """The micro-batches of one model replica: its samples dealt out in turn.
+
+    Without pipeline stages there is one. With them there are as many as the interleaved schedule can take: a multiple
+    of `stages`, no more than there are samples but at least `stages`, all padded to one length. What is left without a
+    sample gets the first one without its losses, which adds nothing to the step.
+    """
+    count = stages * max(1, case.samples // replicas // stages) if stages > 1 else 1
+    shares = []
+    for number in range(replica, replicas * count, replicas):
+        samples = list(range(case.samples))[number :: replicas * count]
+        shares.append(make_share(case, samples, tile) if samples else _without_losses(make_share(case, [0], tile)))
+    longest = max(share.plan.und_length + share.plan.gen_length for share in shares)
+    if stages == 1:
+        return shares
+    return [replace(s, plan=replace(s.plan, und_length=longest - s.plan.gen_length)) for s in shares]
+
+
+def _without_losses(share: Share) -> Share:
+    none = torch.empty(0, dtype=torch.int64)
+    plan = replace(share.plan, ce_rows=none, ce_labels=none, ce_weights=none.float(), mse_rows=none)
+    return replace(share, plan=plan, ce=none, mse=none)
 
 
 def stream_lengths(und: int, gen: int, tile: int) -> tuple[int, int]:

@@ -9,13 +9,13 @@ import torch
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.errors import ConfigError
-from megabagel.config.schema import ParallelConfig
 from megabagel.runtime import failure
 from megabagel.runtime.distributed import destroy, initialize
 from parity.autoencoder import check_autoencoder
 from parity.case import CaseError, load_case, run_config
 from parity.compare import Report
 from parity.judge import FORWARD, judge
+from parity.layout import data_parallel_size, parallel_config, training_settings, world_size
 from parity.train import Runner
 
 
@@ -29,22 +29,19 @@ def run(options: argparse.Namespace, result: Path) -> None:
 
 def _check(options: argparse.Namespace, result: Path) -> None:
     case = load_case(options.case_dir)
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        sequence_parallel=options.sequence_parallel,
-    )
-    config = run_config(case, parallel, options.data_parallel_size)
-    layout = initialize(parallel, seed=0)
+    config = run_config(case, parallel_config(options), world_size(options), training_settings(options))
+    layout = initialize(config.parallel, seed=0)
     results = Runner(case, config, layout).run()
     if results is not None:
         report = Report()
         check_autoencoder(case, report, FORWARD)
         judge(case, results, report)
-        line = {"case": case.folder.name, "pass": report.passed, "layout": _sizes(options), "groups": report.as_json()}
+        line = {"case": case.folder.name, "pass": report.passed, "layout": _layout(options), "groups": report.as_json()}
         result.write_text(f"{report.passed} {json.dumps(line)}")
     destroy()
 
 
-def _sizes(options: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(options).items() if name != "case_dir"}
+def _layout(options: argparse.Namespace) -> dict:
+    """The options as they were understood."""
+    given = {name: value for name, value in vars(options).items() if name != "case_dir"}
+    return {**given, "data_parallel_size": data_parallel_size(options)}

@@ -6,23 +6,26 @@ Collects forward values, gradients and the state after the trajectory on rank 0;
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.schema import Config
-from megabagel.models.bagel import Bagel
-from megabagel.models.build import build_stage
+from megabagel.models.build import build_stages
 from megabagel.models.embeddings import StreamInputs
+from megabagel.models.vision import is_frozen
+from megabagel.packing.chunk import chunk_of
+from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
+from megabagel.runtime.overlap import whole_parameters
 from megabagel.training.ema import ShardedEma
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.step import Losses, count, forward_backward
 from megabagel.training.wrap import wrap
-from parity.case import Case, CaseError, latent_tokens
-from parity.measure import Recorder, export, forward_values, gather, gather_rows, gather_tensors
-from parity.plans import Share, make_share
+from parity.case import Case, latent_tokens
+from parity.gather import Rows, export, gather, gather_gradient_shards, gather_rows, gather_tensors
+from parity.measure import Recorder, forward_values
+from parity.plans import Share, make_shares
 
 TILE = 16
 
@@ -40,7 +43,7 @@ class StepValues:
 class Results:
     """What rank 0 has to compare; tensors by released name hold every copy that the ranks have."""
 
-    rows: dict[str, dict[int, list[tuple[Tensor, Tensor]]]]
+    rows: Rows
     losses: Losses
     gradients: dict[str, list[Tensor]]
     steps: list[StepValues]
@@ -53,48 +56,45 @@ class Runner:
     """One rank's part of the case."""
 
     def __init__(self, case: Case, config: Config, layout: Layout):
-        if layout.dp_size > case.samples:
-            raise CaseError(f"the case has {case.samples} samples, too few for {layout.dp_size} data-parallel replicas")
         self.case, self.config, self.layout = case, config, layout
-        self.stage: Bagel = build_stage(config, layout.device)
+        self.stages = build_stages(config, layout.device)
         source = open_source(config)
-        load_weights(self.stage, source)
+        load_weights(self.stages, source)
         source.close()
-        self.chunks = wrap([self.stage], config.parallel)
-        samples = list(range(case.samples))[layout.dp_rank :: layout.dp_size]
-        self.share: Share = make_share(case, samples, config.parallel.tensor_model_parallel_size * TILE)
-        self.latents = latent_tokens(case, config.model)[self.share.latent]
-        plan = self.share.plan
-        self.counts = count([plan], config.training, layout.device)
+        self.chunks = wrap(self.stages, config.parallel)
+        tile = TILE * layout.tp_size * layout.cp_size
+        self.shares = make_shares(case, layout.dp_rank, layout.dp_size, layout.pp_size, tile)
+        self.latents = latent_tokens(case, config.model)
+        self.counts = count([share.plan for share in self.shares], config.training, layout.device)
 
     def run(self) -> Results | None:
         """One recorded step without update, then the trajectory. None except on rank 0."""
         expected = self.case.expected
-        recorder = Recorder().attach(self.stage)
+        optimizer = build_optimizer(self.config.optimizer, self.config.training, self.config.parallel, self.chunks)
+        ema = ShardedEma(optimizer)
+        initial = self._weights()
+        recorder = Recorder(self.shares).attach(self.stages)
         inputs = self._inputs(expected.get("fwd.noise"))
         losses = self._forward_backward(inputs)
         recorder.detach()
-        captured = forward_values(recorder, self.share, inputs, self.stage)
-        rows = gather_rows(captured)
-        gather_gradient_shards(self.chunks[0])
-        parameters = dict(self.stage.named_parameters())
-        trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        gradients = gather_tensors(export(self.stage, {name: p.main_grad for name, p in trained.items()}))
-        initial = gather_tensors(export(self.stage, parameters))
+        parts = zip(recorder.rows, self.shares, inputs, strict=True)
+        rows = gather_rows([forward_values(recorded, *of_share, self.stages[0]) for recorded, *of_share in parts])
+        gather_gradient_shards(self.chunks)
+        trained = [{n: p for n, p in stage.named_parameters() if p.requires_grad} for stage in self.stages]
+        gradients = export(self.stages, [{n: p.main_grad for n, p in of_stage.items()} for of_stage in trained])
+        gradients = gather_tensors(gradients)
 
-        optimizer = build_optimizer(self.config.optimizer, self.config.training, self.config.parallel, self.chunks)
-        ema = ShardedEma(optimizer)
         steps = []
         for noise in expected.get("traj.noise", []):
-            self.chunks[0].zero_grad_buffer()
-            optimizer.zero_grad()
+            self._zero_gradients(optimizer)
             step_losses = self._forward_backward(self._inputs(noise))
             _, grad_norm, _ = optimizer.step()
             ema.update(self.config.optimizer.ema_decay)
             steps.append(StepValues(step_losses.ce, step_losses.mse, float(grad_norm)))
-        final = gather_tensors(export(self.stage, parameters))
+        with whole_parameters(self.chunks):
+            final = self._weights()
         with ema.applied():
-            averaged = gather_tensors(export(self.stage, parameters))
+            averaged = self._weights()
         # the losses are known on the last stage only, whose ranks are the last ones of the world
         reports = gather((losses, steps))
         if reports is None:
@@ -102,24 +102,36 @@ class Runner:
         losses, steps = reports[-1]
         return Results(rows, losses, gradients, steps, initial, final, averaged)
 
-    def _inputs(self, noise: Tensor | None) -> StreamInputs:
-        batch, share, vit = self.case.batch, self.share, self.config.model.vit
+    def _weights(self) -> dict[str, list[Tensor]] | None:
+        return gather_tensors(export(self.stages, [dict(stage.named_parameters()) for stage in self.stages]))
+
+    def _zero_gradients(self, optimizer: MegatronOptimizer) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+
+    def _inputs(self, noise: Tensor | None) -> list[StreamInputs]:
+        """Of every micro-batch; `noise` [Nl, d] of the whole case, None where it has no latents."""
+        return [self._inputs_of(share, noise) for share in self.shares]
+
+    def _inputs_of(self, share: Share, noise: Tensor | None) -> StreamInputs:
+        batch, vit, device = self.case.batch, self.config.model.vit, self.layout.device
         patches = batch["packed_vit_tokens"][share.vit] if len(share.vit) else torch.empty(0, 3 * vit.patch_size**2)
-        noise = noise[share.latent] if len(share.latent) else torch.empty_like(self.latents)
-        device = self.layout.device
-        return StreamInputs(patches.to(device), self.latents.to(device), noise.to(device))
+        latents = self.latents[share.latent]
+        noise = noise[share.latent] if len(share.latent) else torch.empty_like(latents)
+        patches, latents, noise = patches.to(device), latents.to(device), noise.to(device)
+        if not (is_frozen(self.config.model) and self.stages[0].pre_process and self.stages[0].vision is not None):
+            return StreamInputs(patches, latents, noise)
+        return StreamInputs(None, latents, noise, self._frozen_features(share.plan, patches))
 
-    def _forward_backward(self, inputs: StreamInputs) -> Losses:
-        plan = self.share.plan
-        rows = plan.und_length + plan.gen_length
-        batch = [(plan, inputs)]
-        return forward_backward(self.chunks, batch, self.counts, self.config.training, rows)
+    @torch.no_grad()
+    def _frozen_features(self, plan: PackPlan, patches: Tensor) -> Tensor:
+        """What the encode phase hands to the first stage: features of the ViT tokens of this rank's chunk."""
+        features = self.stages[0].vision(patches, plan.vit_position_ids.to(patches.device), plan.vit_seqlens.tolist())
+        return features[chunk_of(plan, self.layout.cp_rank, self.layout.cp_size).vit_tokens]
 
-
-def gather_gradient_shards(chunk: DistributedDataParallel) -> None:
-    """Complete the gradient buffers, of which the distributed optimizer's reduction fills this rank's shard only."""
-    for buffer in chunk.buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    def _forward_backward(self, inputs: list[StreamInputs]) -> Losses:
+        plans = [share.plan for share in self.shares]
+        rows = plans[0].und_length + plans[0].gen_length
+        batches = list(zip(plans, inputs, strict=True))
+        return forward_backward(self.chunks, batches, self.counts, self.config.training, rows)
