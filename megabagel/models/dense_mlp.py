@@ -1,4 +1,4 @@
-"""One stream's dense MLP, split by tensor parallelism: megatron-core's, built the way a layer builds any of its MLPs."""
+"""One stream's dense MLP, split by tensor parallelism: megatron-core's, built as a layer builds any of its MLPs."""
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules

@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def expert_config(config: TransformerConfig, ranks: int, experts: int, topk: int) -> TransformerConfig:
-    """The layer's configuration as `experts` experts over `ranks` expert-parallel ranks see it; each expert is whole."""
+    """The layer's configuration as its `experts`, each whole on one of `ranks` expert-parallel ranks, see it."""
     changed = copy.copy(config)
     changed.num_moe_experts = experts
     changed.expert_model_parallel_size = ranks

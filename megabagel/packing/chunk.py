@@ -13,7 +13,7 @@ from megabagel.packing.plan import PackPlan
 
 @dataclass(frozen=True)
 class Chunk:
-    """int64 unless stated; rows count inside the chunk. Sizes: Nt text, Nv ViT, G latent tokens, Nc, Nm loss rows of it."""
+    """int64 unless stated; rows count inside the chunk. Of the chunk: Nt text, Nv ViT tokens, Nc, Nm loss rows."""
 
     und_length: int  # rows of the und stream, padding included
     gen_length: int
