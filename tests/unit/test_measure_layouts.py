@@ -1,0 +1,184 @@
+"""What a layout costs: the bytes that are counted, the formulas beside them, and the command line.
+
+Collectives run on torch's fake process group: one process that plays a rank of many.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools")]
+
+from layouts import memory_formula, traffic_formula  # noqa: E402
+from layouts.choice import DEFAULT, parse_choice  # noqa: E402
+from layouts.estimate import estimate  # noqa: E402
+from layouts.memory import ActivationMeter  # noqa: E402
+from layouts.memory_formula import sizes_of  # noqa: E402
+from layouts.traffic import Traffic  # noqa: E402
+from layouts.traffic_formula import Load  # noqa: E402
+from layouts.workload import make_packs, small_config  # noqa: E402
+
+from megabagel.config.checks import check_model  # noqa: E402
+from megabagel.config.load import load_config  # noqa: E402
+from megabagel.config.schema import ParallelConfig  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def eight_numbers() -> torch.Tensor:
+    return torch.ones(8)  # 32 bytes
+
+
+COLLECTIVES = {  # what rank 1 of 4 sends when each holds eight float32
+    "all-reduce": (lambda x: dist.all_reduce(x), 48),
+    "all-gather": (lambda x: dist.all_gather_into_tensor(torch.empty(32), x), 96),
+    "reduce-scatter": (lambda x: dist.reduce_scatter_tensor(torch.empty(2), x), 24),
+    "broadcast": (lambda x: dist.broadcast(x, 0), 24),
+    "p2p": (lambda x: dist.batch_isend_irecv([dist.P2POp(dist.isend, x, 2), dist.P2POp(dist.irecv, x, 2)]), 32),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_a_collective_counts_what_a_ring_sends(kind, four_ranks):
+    action, expected = COLLECTIVES[kind]
+    with Traffic() as traffic:
+        action(eight_numbers())
+    assert dict(traffic.sent) == {kind: expected}
+
+
+def test_all_to_all_counts_what_is_meant_for_others(four_ranks):
+    with Traffic() as even:
+        dist.all_to_all_single(torch.empty(8), eight_numbers())
+    with Traffic() as uneven:
+        dist.all_to_all_single(torch.empty(8), eight_numbers(), [2, 2, 2, 2], [0, 5, 2, 1])
+    assert (even.sent["all-to-all"], uneven.sent["all-to-all"]) == (24, 12)
+
+
+def test_coalesced_collectives_count_all_their_tensors(four_ranks):
+    with Traffic() as traffic, dist._coalescing_manager(dist.group.WORLD, async_ops=True):
+        dist.all_gather_into_tensor(torch.empty(32), eight_numbers())
+        dist.all_gather_into_tensor(torch.empty(32), eight_numbers())
+    assert traffic.sent["all-gather"] == 192
+
+
+def test_a_group_of_one_rank_sends_nothing(four_ranks):
+    group = dist.new_group([1])
+    with Traffic() as traffic:
+        dist.all_reduce(eight_numbers(), group=group)
+        dist.barrier(group)
+    assert not traffic.sent and not traffic.calls
+
+
+def test_activations_are_counted_once_and_until_the_backward_pass():
+    weight = torch.nn.Linear(16, 16)
+    x = torch.ones(4, 16, requires_grad=True)
+    with ActivationMeter([weight]) as meter:
+        hidden = weight(x)  # keeps x: 256 bytes
+        result = hidden * hidden  # keeps hidden twice: 256 bytes
+        assert meter.now == meter.peak == 512
+        result.sum().backward()
+        del hidden, result
+        assert meter.now == 0
+        weight(x).sum().backward()
+    assert meter.peak == 512
+
+
+def test_the_default_layouts_are_legal_and_compared_with_one_of_them():
+    for name in DEFAULT:
+        choice = parse_choice(name)
+        config = choice.apply(small_config())
+        check_model(config)
+        sizes = sizes_of(config.parallel, 8)
+        assert sizes.per_stage % sizes.ep == 0
+        assert choice.baseline in DEFAULT
+
+
+def test_every_layout_trains_on_the_same_rows():
+    lengths = set()
+    for name in DEFAULT:
+        config = parse_choice(name).apply(small_config())
+        packs = make_packs(config, 0, 4)
+        lengths |= {(pack.plan.und_length, pack.plan.gen_length) for pack in packs}
+        assert sum(len(pack.vae_images) for pack in packs) == 6
+    assert lengths == {(256, 256)}
+
+
+def test_an_unknown_part_of_a_layout_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^`tq=2` in --layout sp,tq=2 is unknown; allowed are dp, sp, .*\.$"):
+        parse_choice("sp,tq=2")
+
+
+def released() -> memory_formula.ModelConfig:
+    return load_config(["--config", "bagel_7b_mot"]).model
+
+
+def test_the_released_model_has_the_size_it_is_known_for():
+    held = memory_formula.memory(released(), ParallelConfig(), 1)
+    assert 14.5e9 < held.parameters / 2 < 14.8e9
+    assert held.optimizer == 6 * held.parameters
+
+
+def test_modality_experts_halve_mlp_weights_but_not_sharded_optimizer_state():
+    model = released()
+    alone = memory_formula.memory(model, ParallelConfig(), 8)
+    pairs = memory_formula.memory(model, ParallelConfig(expert_model_parallel_size=2), 8)
+    mlps = 2 * 28 * 2 * 3 * 3584 * 18944
+    assert alone.parameters - pairs.parameters == mlps / 2
+    assert pairs.optimizer == alone.optimizer
+    one_of_four = ParallelConfig(expert_model_parallel_size=4, und_expert_ranks=1)
+    quarter = memory_formula.memory(model, one_of_four, 8)
+    assert quarter.parameters == pairs.parameters
+    assert quarter.optimizer > alone.optimizer  # und's state lies on a quarter of the ranks
+
+
+def test_tensor_parallel_traffic_grows_with_rows_and_falls_with_context_ranks():
+    config = small_config()
+    config.parallel = ParallelConfig(tensor_model_parallel_size=2)
+    once = traffic_formula.traffic(config, 8, Load(256, 256, 8))["all-reduce"]
+    twice = traffic_formula.traffic(config, 8, Load(512, 512, 8))["all-reduce"]
+    # 2 of 4 packs' worth: 8 layers, 4 all-reduces of 512 rows of 128 bf16
+    assert once == 2 * 8 * 4 * 512 * 128 * 2 and twice == 2 * once
+    config.parallel.context_parallel_size = 2
+    both = traffic_formula.traffic(config, 8, Load(256, 256, 8))
+    assert both["all-reduce"] == once  # half the rows, twice the packs
+
+
+@pytest.mark.parametrize("heads, kv_heads, ranks, copies", [(28, 4, 4, 4), (28, 4, 7, 28), (7, 1, 7, 7), (8, 4, 8, 8)])
+def test_key_heads_travel_once_for_each_rank_that_needs_them(heads, kv_heads, ranks, copies):
+    assert traffic_formula.copied_heads(heads, kv_heads, ranks) == copies
+
+
+def test_program_measures_what_the_formulas_say_on_one_process():
+    program = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "measure_layouts.py"), "--layout", "dp"]
+    sizes = ["--processes", "1", "--packs", "1"]
+    result = subprocess.run([*program, *sizes], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    cells = next(line for line in lines if line.startswith("| `dp`")).strip("| ").split(" | ")
+    assert float(cells[5]) == pytest.approx(float(cells[6]), rel=1e-3)
+    assert json.loads(lines[-1])["bench"] == "measure_layouts"
+
+
+def test_estimate_lists_the_layouts_of_a_preset():
+    choices = {name: parse_choice(name) for name in ("tp=4,sp,recompute=full", "tp=4,sp")}
+    rows = [line.strip("| ").split(" | ") for line in estimate("bagel_7b_mot", choices, 64, 64).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["`tp=4,sp,recompute=full`", "16"], ["`tp=4,sp`", "16"]]
+    needed = [float(row[7]) for row in rows]
+    assert needed[0] < 80 < needed[1]  # GB of a GPU
+
+
+def test_packs_that_do_not_divide_over_the_replicas_are_one_sentence():
+    with pytest.raises(ValueError, match="^--packs is 24, but must be a multiple of the 16 replicas of tp=4,sp.$"):
+        estimate("bagel_7b_mot", {"tp=4,sp": parse_choice("tp=4,sp")}, 64, 24)

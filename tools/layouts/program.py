@@ -1,0 +1,121 @@
+"""What every process of measure_layouts.py does: train two steps in each layout and say what this rank kept and sent.
+
+The model, the wrapping, the schedule, the optimizer and the encode phase are the trainer's own.
+"""
+
+import gc
+import json
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from layouts.choice import Choice, parse_choice
+from layouts.memory import ActivationMeter, average_bytes, gradient_bytes, optimizer_bytes, parameter_bytes
+from layouts.traffic import Traffic
+from layouts.workload import make_packs, small_config
+from megabagel.checkpoint.hf import load_weights, open_source
+from megabagel.config.checks import check_model
+from megabagel.models.autoencoder import Autoencoder
+from megabagel.models.build import DTYPES, build_stages
+from megabagel.runtime import failure
+from megabagel.runtime.distributed import destroy, initialize
+from megabagel.training.ema import ShardedEma
+from megabagel.training.encode import Encoder
+from megabagel.training.optimizer import build_optimizer
+from megabagel.training.step import count, forward_backward
+from megabagel.training.wrap import wrap
+
+
+@dataclass
+class RankReport:
+    """Bytes on one rank. `sent` and `encode_sent`: by kind, of one step and of its encode phase."""
+
+    parameters: int
+    mlp_parameters: int
+    gradients: int
+    mlp_gradients: int
+    optimizer: int
+    mlp_optimizer: int
+    average: int
+    activations: int
+    sent: dict[str, int]
+    calls: dict[str, int]
+    encode_sent: dict[str, int]
+    seconds: float  # of the measured step, for orientation only
+
+
+@contextmanager
+def _watch(meter: ActivationMeter, traffic: Traffic) -> Iterator[None]:
+    with meter, traffic:
+        yield
+
+
+def measure(choice: Choice, packs_per_step: int) -> RankReport:
+    """Two steps in one layout, the second watched: with overlap, the first step's parameters travel in the second."""
+    config = choice.apply(small_config(packs_per_step))
+    check_model(config)
+    layout = initialize(config.parallel, config.training.seed)
+    stages = build_stages(config, layout.device)
+    load_weights(stages, open_source(config))
+    stages = wrap(stages, config.parallel)
+    optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
+    ema = ShardedEma(optimizer)
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(config.model.vae).to(layout.device, DTYPES[config.training.params_dtype])
+    encoder = Encoder(config, layout, autoencoder)
+    packs = make_packs(config, layout.dp_rank, layout.dp_size)
+    plans = [pack.plan for pack in packs]
+    rows = plans[0].und_length + plans[0].gen_length
+    for _ in range(2):
+        meter, traffic, encode_traffic = ActivationMeter(stages), Traffic(), Traffic()
+        start = time.perf_counter()
+        with encode_traffic:
+            inputs = encoder(packs)
+        with _watch(meter, traffic):
+            for chunk in stages:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            counts = count(plans, config.training, layout.device)
+            forward_backward(stages, list(zip(plans, inputs, strict=True)), counts, config.training, rows)
+            optimizer.step()
+        ema.update(0.9)
+        seconds = time.perf_counter() - start
+    report = RankReport(
+        *parameter_bytes(stages),
+        *gradient_bytes(stages),
+        *optimizer_bytes(optimizer, stages),
+        average_bytes(ema),
+        meter.peak,
+        dict(traffic.sent),
+        dict(traffic.calls),
+        dict(encode_traffic.sent),
+        seconds,
+    )
+    parallel_state.destroy_model_parallel()
+    return report
+
+
+def run(names: list[str], packs_per_step: int, result: Path) -> None:
+    """Measure the layouts one after the other; rank 0 writes {layout: [report of each rank]} to `result` as JSON."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with failure.guard(ValueError):
+        reports = {}
+        for name in names:
+            own = asdict(measure(parse_choice(name), packs_per_step))
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, own)
+            reports[name] = gathered
+            gc.collect()
+            if dist.get_rank() == 0:
+                print(f"{name}: {own['seconds']:.1f} s a step", flush=True)
+        if dist.get_rank() == 0:
+            result.write_text(json.dumps(reports))
+        destroy()
