@@ -257,10 +257,12 @@ def _check(request: ShardedStateDict, source: Path) -> None:
         )
 
 
-def _layout() -> tuple[int, int, int]:
-    """(tensor, pipeline, data) parallel sizes: generators can be continued only rank by rank."""
+def _layout() -> tuple[int, ...]:
+    """(tensor, context, expert, pipeline, data) parallel sizes: generators can be continued only rank by rank."""
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(),
     )
