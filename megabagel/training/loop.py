@@ -121,6 +121,7 @@ class Trainer:
             "samples_seen": self.samples,
             "skipped_samples": counts.skipped,
             "params_norm": parameter_norm(self.optimizer),
+            "encode_balance": self.encoder.balance,
             "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
             **times,

@@ -16,6 +16,7 @@ _MEGATRON = {  # tag -> name in the record; loss keys are tags of both
     "params-norm": "params_norm",
     "iteration-time": "step_time",
     "throughput": "tflops_per_device",
+    "encode-balance": "encode_balance",
     "mem-allocated-bytes": "memory_bytes",
     "skipped-train-samples": "skipped_samples",
     "ce": "ce",
