@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.layouts import run
-from tests.distributed.layouts.compare import BF16, FP32, largest_difference, wrong_gradients
+from tests.distributed.layouts.compare import BF16, FP32, wrong_gradients, wrong_values
 from tests.distributed.layouts.faults import FAULTS
 from tests.distributed.layouts.packs import STEPS
 from tests.distributed.layouts.table import MODELS, TABLE, row
@@ -34,11 +34,8 @@ def test_layout_trains_like_one_process(name, pool, reference):
     layout = TABLE[name]
     ranks = pool.run(run.train, layout.options, processes=layout.processes, limit=LIMIT)
     expected = reference(layout.model)
-    steps = ranks[-1].steps, expected.steps
-    if layout.bf16:
-        assert largest_difference(ranks, expected) <= BF16, steps
-    else:
-        assert largest_difference(ranks, expected) <= FP32, steps
+    assert wrong_values(ranks, expected, BF16 if layout.bf16 else FP32) == {}
+    if not layout.bf16:
         assert wrong_gradients(ranks, expected) == {}
 
 
@@ -53,7 +50,7 @@ def test_the_reference_learns_and_every_step_has_both_losses(reference):
 def test_a_wrong_gradient_is_noticed(fault, pool, reference):
     ranks = pool.run(run.train, row(2, tp=2, sp=True).options, STEPS, fault, processes=2, limit=LIMIT)
     expected = reference("mot")
-    assert largest_difference(ranks, expected) > 2 * FP32 or wrong_gradients(ranks, expected)
+    assert wrong_values(ranks, expected, 2 * FP32) or wrong_gradients(ranks, expected)
 
 
 VISION = {

@@ -10,23 +10,20 @@ ONE_GRADIENT = 1e-3  # relative, of the norm of one tensor's gradient after all 
 _FLOOR = 1e-5  # of the norm of all: gradients that are zero but for rounding
 
 
-def largest_difference(ranks: list[Trained], reference: Trained) -> float:
-    """The largest relative difference of any loss or gradient norm of any step on any rank.
+def wrong_values(ranks: list[Trained], reference: Trained, tolerance: float) -> dict[str, tuple[list, float | None]]:
+    """Losses and gradient norms that differ: `"step, name" -> (what the ranks say, what the reference says)`.
 
-    Infinite where a number is not finite, where a rank lacks a number of the reference or has one too many. Ranks of
-    other pipeline stages than the last know no losses; at least one rank must.
+    Ranks of other pipeline stages than the last know no losses; at least one rank must.
     """
-    worst = 0.0
+    wrong = {}
     for step, expected in enumerate(reference.steps):
-        got = [rank.steps[step] for rank in ranks]
-        worst = max(worst, *(_difference(values.grad_norm, expected.grad_norm) for values in got))
-        for name in ("ce", "mse"):
+        for name in ("ce", "mse", "grad_norm"):
             wanted = getattr(expected, name)
-            reported = [value for values in got if (value := getattr(values, name)) is not None]
-            if bool(reported) != (wanted is not None):
-                return math.inf
-            worst = max([worst, *(_difference(value, wanted) for value in reported)])
-    return worst
+            reported = [getattr(rank.steps[step], name) for rank in ranks]
+            known = [value for value in reported if value is not None]
+            if bool(known) != (wanted is not None) or not all(_is_close(v, wanted, tolerance) for v in known):
+                wrong[f"step {step}, {name}"] = (reported, wanted)
+    return wrong
 
 
 def wrong_gradients(ranks: list[Trained], reference: Trained) -> dict[str, tuple[list[float], float]]:
@@ -43,8 +40,5 @@ def wrong_gradients(ranks: list[Trained], reference: Trained) -> dict[str, tuple
     }
 
 
-def _difference(value: float, wanted: float) -> float:
-    if value == wanted:
-        return 0.0
-    difference = abs(value - wanted) / max(abs(wanted), 1e-30)
-    return difference if math.isfinite(difference) else math.inf
+def _is_close(value: float, wanted: float, tolerance: float) -> bool:
+    return abs(value - wanted) <= tolerance * abs(wanted)  # never true of what is not a number

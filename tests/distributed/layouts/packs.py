@@ -22,13 +22,13 @@ SEED = 11
 # tokens (images); `+` carries a loss, `~` a frame that shares its split with the next one, `!` a closing-token loss.
 KINDS: dict[str, tuple[str, ...]] = {
     "no image": ("text5+", "text3 text9+"),
-    "gen loss only": ("text7 vae2x3+",),
+    "gen loss only": ("text7 vae2x2+",),
     "und only": ("vit2x3 text4 text6+ text2 text3+",),
-    "three images": ("vae2x2 vit3x2 text5 vae1x3+ vae1x3 vit2x2 text4 vae2x2+",),
-    "one long sample": ("text30 vit4x5 text40+ vae3x4+ vae3x4 vit4x4 text17+",),
+    "three images": ("vae2x2 vit3x2 text5 vae1x2+ vae1x2 vit2x2 text4 vae2x2+",),
+    "one long sample": ("text30 vit4x5 text40+ vae3x3+ vae3x3 vit4x4 text17+",),
     "mixed": ("text6 vae2x2+", "vit3x3 text3 text5+", "text8+"),
-    "frames": ("text4 vae1x2~ vae1x2+", "vit1x2 text3+! vae2x1! text2+"),
-    "many samples": ("vit1x1 text1+", "text1 vae1x1+", "text2+", "vit2x1 text2 text2+", "text3 vae2x1+"),
+    "frames": ("text4 vae1x2~ vae1x2+", "vit1x2 text3+! vae1x2! text2+"),
+    "many samples": ("vit1x1 text1+", "text1 vae1x2+", "text2+", "vit2x1 text2 text2+", "text3 vae2x2+"),
     "no loss": ("text6 vit2x2 vae1x2",),
     "no image, no loss": ("text5",),
 }
