@@ -7,7 +7,7 @@
 #   TP=1 DP=2 bash examples/run_finetune.sh                              another layout: TP, PP, DP
 #   sbatch --nodes 2 --gpus-per-node 8 --wrap "bash examples/run_finetune.sh --config my.yaml"
 #
-# Processes: all GPUs of the machine (or of the SLURM job), else TP x PP x DP processes on the CPU.
+# Processes: all GPUs of the machine (or of the SLURM job), else TP x CP x PP x DP processes on the CPU.
 set -euo pipefail
 # Under sbatch this file is a copy in a spool folder: the repository is where the job was submitted then.
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

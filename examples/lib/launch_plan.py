@@ -17,18 +17,20 @@ from megabagel.config.load import load_config
 def main() -> None:
     action, gpus, nodes, replicas, is_demo = sys.argv[1:6]
     config = load_config(sys.argv[6:])
-    replica = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    parallel = config.parallel
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size * pp
     if int(gpus) and not int(replicas):
         processes = int(gpus)
     else:
         ranks = replica * max(1, int(replicas))
         if ranks % int(nodes):
-            raise ConfigError(f"{ranks} processes (TP x PP x DP) do not divide over {nodes} nodes; set DP to fit.")
+            raise ConfigError(f"{ranks} processes (TP x CP x PP x DP) do not divide over {nodes} nodes; set DP to fit.")
         processes = ranks // int(nodes)
     world_size = processes * int(nodes)
     batch = config.training.global_batch_size
     if is_demo == "true":  # however many replicas there are, each needs packs
-        every = max(1, world_size // replica)
+        every = max(1, world_size // replica) * (pp if vp else 1)
         batch = config.training.global_batch_size = math.ceil(batch / every) * every
     if action == "check":
         check_config(config, world_size)
