@@ -39,6 +39,7 @@ class Bagel(MegatronModule):
         parallel: ParallelConfig,
         groups: ProcessGroupCollection,
         vp_stage: int | None = None,
+        recompute_vit: bool = False,
     ):
         super().__init__(config)
         self.model_config = model
@@ -52,7 +53,7 @@ class Bagel(MegatronModule):
         self.tp_cp_group, self.tp_size = groups.tp_cp, groups.tp.size()
         self.vision = None
         if model.visual_und and (pre_process or (is_frozen(model) and not vp_stage)):
-            self.vision = VisionTower(model.vit, config.params_dtype)
+            self.vision = VisionTower(model.vit, config.params_dtype, recompute_vit)
             if not is_frozen(model):
                 mark_partial(self.vision)
         if pre_process:

@@ -22,7 +22,7 @@ PARTS = (*ATTENTION_PARTS, "pre_mlp_layernorm", "mlp")
 
 @dataclass
 class StreamSubmodules:
-    """Classes of the parallel linears (megatron-core's own or Transformer Engine's) and the MLP; None: not held here."""
+    """Classes of the parallel linears, megatron-core's own or Transformer Engine's; the MLP, None if not held here."""
 
     mlp: ModuleSpec | None
     linear_qkv: type = ColumnParallelLinear
