@@ -118,7 +118,5 @@ def build_stages(config: Config, device: torch.device) -> list[Bagel]:
         # tables are computed, on whatever device was current; parameters are already where they belong
         stage.to(device)
         freeze(stage, config.model)
-        if stage.vision is not None:
-            stage.vision.recompute = config.training.recompute_vit
         stages.append(stage)
     return stages

@@ -11,12 +11,11 @@ from tests.tiny_data import training_options, write_data
 PIPELINE = ["--parallel.pipeline_model_parallel_size=2", "--parallel.context_parallel_size=2"]
 
 
-@pytest.mark.parametrize("switch", ["freeze_vit", "freeze_und"])
-def test_a_frozen_vit_trains_alike_on_a_pipeline_and_resumes(switch, tmp_path):
+def test_a_frozen_vit_trains_alike_on_a_pipeline_and_resumes(tmp_path):
     data_file = write_data(tmp_path / "data")
 
     def train(run: str, steps: int, processes: int, *extra: str) -> list[dict]:
-        options = [*training_options(data_file, tmp_path / run, steps), f"--model.{switch}=true", *extra]
+        options = [*training_options(data_file, tmp_path / run, steps), "--model.freeze_vit=true", *extra]
         launch_ok("megabagel.train", *options, processes=processes, timeout=300)
         return [json.loads(line) for line in Path(tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
