@@ -13,7 +13,7 @@ _MESSAGES = (
     "`load_state_dict` is deprecated and will be removed",  # its checkpoint reader, likewise
     "'.*' found in sys.modules after import of package",  # data workers import the program once
     "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",  # its linears of whole experts
-    "When using async grad allreduce it is recommended to set the environment variable",  # `distributed` does on GPUs
+    "When using (async grad allreduce|sequence parallelism) it is recommended",  # what `distributed` does on GPUs
 )
 
 
