@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
-from layouts.choice import DEFAULT, Choice, parse_choice  # noqa: E402
+from layouts.choice import DEFAULT, Choice, check_layout, parse_choice  # noqa: E402
+
+from megabagel.config.errors import ConfigError  # noqa: E402
 
 RESULT = "MEGABAGEL_LAYOUTS_RESULT"  # file that rank 0 writes to; set in the processes that this program starts
 EXAMPLE = """examples:
@@ -77,13 +79,20 @@ def main(argv: list[str]) -> int:
 
         try:
             print(estimate(options.estimate, options.choices, options.processes, options.packs))
-        except ValueError as error:
+        except ConfigError as error:
             print(error, file=sys.stderr)
             return 1
         return 0
     from layouts.tables import formulas, memory_table, mlp_table, ratios, traffic_table
+    from layouts.workload import small_config
 
     choices = with_baselines(options.choices)
+    try:
+        for choice in choices.values():
+            check_layout(choice.apply(small_config(options.packs)), options.processes)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
     reports = measure(list(choices), options.processes, options.packs)
     if reports is None:
         return 1

@@ -3,8 +3,6 @@
 Collectives run on torch's fake process group: one process that plays a rank of many.
 """
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,20 +15,22 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools")]
 
 from layouts import memory_formula, traffic_formula  # noqa: E402
-from layouts.choice import DEFAULT, parse_choice  # noqa: E402
+from layouts.choice import DEFAULT, check_layout, parse_choice  # noqa: E402
 from layouts.estimate import estimate  # noqa: E402
 from layouts.memory import ActivationMeter  # noqa: E402
-from layouts.memory_formula import sizes_of  # noqa: E402
+from layouts.program import measure  # noqa: E402
+from layouts.tables import STATE  # noqa: E402
 from layouts.traffic import Traffic  # noqa: E402
 from layouts.traffic_formula import Load  # noqa: E402
 from layouts.workload import make_packs, small_config  # noqa: E402
 
-from megabagel.config.checks import check_model  # noqa: E402
+from megabagel.config.errors import ConfigError  # noqa: E402
 from megabagel.config.load import load_config  # noqa: E402
 from megabagel.config.schema import ParallelConfig  # noqa: E402
+from megabagel.runtime import distributed  # noqa: E402
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def four_ranks():
     dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
     yield
@@ -99,9 +99,7 @@ def test_the_default_layouts_are_legal_and_compared_with_one_of_them():
     for name in DEFAULT:
         choice = parse_choice(name)
         config = choice.apply(small_config())
-        check_model(config)
-        sizes = sizes_of(config.parallel, 8)
-        assert sizes.per_stage % sizes.ep == 0
+        check_layout(config, 8)
         assert choice.baseline in DEFAULT
 
 
@@ -160,15 +158,19 @@ def test_key_heads_travel_once_for_each_rank_that_needs_them(heads, kv_heads, ra
     assert traffic_formula.copied_heads(heads, kv_heads, ranks) == copies
 
 
-def test_program_measures_what_the_formulas_say_on_one_process():
-    program = [sys.executable, "-W", "ignore", str(ROOT / "tools" / "measure_layouts.py"), "--layout", "dp"]
-    sizes = ["--processes", "1", "--packs", "1"]
-    result = subprocess.run([*program, *sizes], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    cells = next(line for line in lines if line.startswith("| `dp`")).strip("| ").split(" | ")
-    assert float(cells[5]) == pytest.approx(float(cells[6]), rel=1e-3)
-    assert json.loads(lines[-1])["bench"] == "measure_layouts"
+def test_what_a_process_keeps_is_what_the_formulas_say():
+    choice = parse_choice("dp")
+    report = measure(choice, packs_per_step=1)
+    distributed.destroy()
+    config = choice.apply(small_config())
+    expected = memory_formula.memory(config.model, config.parallel, 1)
+    for kind in STATE:
+        assert getattr(report, kind) == pytest.approx(getattr(expected, kind), rel=1e-3)
+    assert report.mlp_parameters == 2 * 8 * 2 * 3 * 128 * 704
+    # at least what the formula counts for fused operations, and no more than twice that
+    kept = 512 * 8 * memory_formula.activation_bytes_per_row(config.model, 1, False, None)
+    assert kept < report.activations < 2 * kept
+    assert sum(report.sent.values()) == 0
 
 
 def test_estimate_lists_the_layouts_of_a_preset():
@@ -179,6 +181,6 @@ def test_estimate_lists_the_layouts_of_a_preset():
     assert needed[0] < 80 < needed[1]  # GB of a GPU
 
 
-def test_packs_that_do_not_divide_over_the_replicas_are_one_sentence():
-    with pytest.raises(ValueError, match="^--packs is 24, but must be a multiple of the 16 replicas of tp=4,sp.$"):
+def test_an_illegal_layout_is_one_sentence_before_anything_starts():
+    with pytest.raises(ConfigError, match="^training.global_batch_size 24 does not divide by the 16 model replicas"):
         estimate("bagel_7b_mot", {"tp=4,sp": parse_choice("tp=4,sp")}, 64, 24)

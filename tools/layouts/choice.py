@@ -5,6 +5,9 @@ It imports nothing that needs torch: the program that starts the processes reads
 
 from dataclasses import dataclass, field
 
+from megabagel.config.checks import check_model
+from megabagel.config.checks_parallel import world_faults
+from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config, ParallelConfig
 
 _SIZES = {  # short name -> field of ParallelConfig
@@ -44,6 +47,7 @@ DEFAULT = (
     "ep=4,experts=4",
     "dp,recompute=selective",
     "dp,recompute=full",
+    "tp=2,sp,recompute=selective",
 )
 
 
@@ -93,3 +97,10 @@ def parse_choice(text: str) -> Choice:
                 f"`{part}` in --layout {text} is unknown; allowed are {allowed}, recompute={'|'.join(_RECOMPUTE)}."
             )
     return Choice(text, parallel, experts, recompute)
+
+
+def check_layout(config: Config, processes: int) -> None:
+    """Raise ConfigError with one sentence when `processes` cannot train `config` in its layout."""
+    check_model(config)
+    for fault in world_faults(config, processes):
+        raise ConfigError(fault)

@@ -3,7 +3,7 @@
 The machine is assumed, see the constants. Nothing here overlaps unless it says so; real runs differ.
 """
 
-from layouts.choice import Choice
+from layouts.choice import Choice, check_layout
 from layouts.memory_formula import Sizes, activation_bytes_per_row, memory, sizes_of
 from layouts.traffic_formula import Load, traffic
 from megabagel.config.load import load_config
@@ -41,11 +41,12 @@ def activation_bytes(config: Config, sizes: Sizes, load: Load) -> float:
 
 
 def seconds(config: Config, sizes: Sizes, processes: int, load: Load) -> dict[str, float]:
-    """Parts of a step: computation, communication by group, and the share of time that the pipeline idles."""
+    """Parts of a step: computation, communication by group, the share of time that the pipeline idles; and the step, if
+    data parallelism hides behind half of the computation (the backward pass proper) and nothing else hides."""
     packs = load.packs / sizes.dp
     per_layer, *ends = stage_costs(config.model, config.data)
     flops = (config.model.num_layers * per_layer + sum(ends)) * load.rows / 100 * packs
-    again = {"full": 4 / 3, "selective": 1.25, None: 1}[config.training.recompute_granularity]
+    again = {"full": 4 / 3, "selective": 1.3, None: 1}[config.training.recompute_granularity]
     compute = flops * again / (sizes.tp * sizes.cp * sizes.pp) / (PEAK_FLOPS * REACHED)
     # data parallelism alone sends what a step without tokens sends
     state = traffic(config, processes, Load(0, 0, 0))
@@ -54,29 +55,31 @@ def seconds(config: Config, sizes: Sizes, processes: int, load: Load) -> dict[st
     across = NVLINK if processes <= NODE else INFINIBAND
     exchange = NVLINK if max(sizes.tp * sizes.cp, sizes.ep) <= NODE else INFINIBAND
     model = sum(sent.get(kind, 0) - state.get(kind, 0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
-    return {
+    parts = {
         "compute": compute,
         "TP": model / inside,
         "CP, EP": sent.get("all-to-all", 0) / exchange,
         "PP": sent.get("p2p", 0) / across,
-        "DP": (state.get("reduce-scatter", 0) + state.get("all-gather", 0)) / across,
-        "bubble": (sizes.pp - 1) / (packs * sizes.vp + sizes.pp - 1),
     }
+    bubble = (sizes.pp - 1) / (packs * sizes.vp + sizes.pp - 1)
+    data = (state.get("reduce-scatter", 0) + state.get("all-gather", 0)) / across
+    step = sum(parts.values()) / (1 - bubble) + max(0, data - compute / 2)
+    return {**parts, "DP": data, "bubble": bubble, "step": step}
 
 
 def estimate(preset: str, choices: dict[str, Choice], processes: int, packs: int) -> str:
     """A Markdown table: a line per layout, for steps of `packs` packs over all replicas.
 
-    Raises ValueError when the packs do not divide over a layout's replicas.
+    Raises ConfigError when a layout is not legal.
     """
     from layouts.tables import table
 
     rows = []
     for name, choice in choices.items():
         config = choice.apply(load_config(["--config", preset]))
+        config.training.global_batch_size = packs
+        check_layout(config, processes)
         sizes = sizes_of(config.parallel, processes)
-        if packs % sizes.dp:
-            raise ValueError(f"--packs is {packs}, but must be a multiple of the {sizes.dp} replicas of {name}.")
         load = load_of(config, sizes, packs)
         state = memory(config.model, config.parallel, processes)
         kept = activation_bytes(config, sizes, load)
@@ -84,7 +87,8 @@ def estimate(preset: str, choices: dict[str, Choice], processes: int, packs: int
         cells = [state.parameters, state.gradients, state.optimizer + state.average, kept, state.total + kept]
         rows.append(
             [f"`{name}`", str(sizes.dp), f"{load.packs * load.rows / 1e6:.2f}", *(f"{c / 1e9:.1f}" for c in cells)]
-            + [f"{times[k]:.2f}" for k in ("compute", "TP", "CP, EP", "PP", "DP")] + [f"{100 * times['bubble']:.0f}%"]
+            + [f"{times[k]:.2f}" for k in ("compute", "TP", "CP, EP", "PP", "DP")]
+            + [f"{100 * times['bubble']:.0f}%", f"{times['step']:.2f}"]
         )  # fmt: skip
     head = ["layout", "DP", "M rows a step", "weights", "gradients", "optimizer + EMA", "activations", "GB in all"]
-    return table(head + ["compute s", "TP s", "CP, EP s", "PP s", "DP s", "bubble"], rows)
+    return table(head + ["compute s", "TP s", "CP, EP s", "PP s", "DP s", "bubble", "step s"], rows)

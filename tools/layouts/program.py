@@ -16,16 +16,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from layouts.choice import Choice, parse_choice
+from layouts.choice import Choice, check_layout, parse_choice
 from layouts.memory import ActivationMeter, average_bytes, gradient_bytes, optimizer_bytes, parameter_bytes
 from layouts.traffic import Traffic
 from layouts.workload import make_packs, small_config
 from megabagel.checkpoint.hf import load_weights, open_source
-from megabagel.config.checks import check_model
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.build import DTYPES, build_stages
 from megabagel.runtime import failure
-from megabagel.runtime.distributed import destroy, initialize
+from megabagel.runtime.distributed import destroy, initialize, world_size
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.optimizer import build_optimizer
@@ -60,7 +59,7 @@ def _watch(meter: ActivationMeter, traffic: Traffic) -> Iterator[None]:
 def measure(choice: Choice, packs_per_step: int) -> RankReport:
     """Two steps in one layout, the second watched: with overlap, the first step's parameters travel in the second."""
     config = choice.apply(small_config(packs_per_step))
-    check_model(config)
+    check_layout(config, world_size())
     layout = initialize(config.parallel, config.training.seed)
     stages = build_stages(config, layout.device)
     load_weights(stages, open_source(config))

@@ -55,9 +55,12 @@ def traffic(config: Config, processes: int, load: Load) -> dict[str, float]:
     return {kind: size for kind, size in worst.items() if size}
 
 
-def _forwards(config: Config) -> int:
-    """How often a layer runs forward in a step."""
-    return 2 if config.training.recompute_granularity == "full" else 1
+def _forwards(config: Config) -> tuple[int, int]:
+    """How often a layer's attention half and its MLP half communicate forward in a step."""
+    training = config.training
+    if training.recompute_granularity == "full":
+        return 2, 2
+    return 1, 2 if training.recompute_granularity == "selective" and "mlp" in training.recompute_modules else 1
 
 
 def _mlp_is_split(config: Config, sizes: Sizes) -> bool:
@@ -71,15 +74,14 @@ def _tensor(config: Config, sizes: Sizes, rank: int, layers: int, load: Load) ->
     if sizes.tp == 1:
         return {}
     unit = (sizes.tp - 1) / sizes.tp * load.rows / sizes.cp * config.model.hidden_size * BF16
-    halves = 2 if _mlp_is_split(config, sizes) else 1
+    forwards = _forwards(config) if _mlp_is_split(config, sizes) else _forwards(config)[:1]
     ends = (rank == 0) + (rank == sizes.pp - 1)
-    forwards = _forwards(config)
     if config.parallel.sequence_parallel:
         return {
-            "all-gather": unit * (layers * halves * (forwards + 2) + ends),
-            "reduce-scatter": unit * layers * halves * (forwards + 1),
+            "all-gather": unit * (layers * sum(n + 2 for n in forwards) + ends),
+            "reduce-scatter": unit * layers * sum(n + 1 for n in forwards),
         }
-    return {"all-reduce": 2 * unit * layers * halves * (forwards + 1)}
+    return {"all-reduce": 2 * unit * layers * sum(n + 1 for n in forwards)}
 
 
 def copied_heads(heads: int, kv_heads: int, ranks: int) -> int:
@@ -96,7 +98,7 @@ def _context(config: Config, sizes: Sizes, layers: int, load: Load) -> dict[str,
     values = 2 * heads + 2 * copied_heads(heads, kv_heads, sizes.cp)
     head = model.hidden_size // model.num_attention_heads
     share = (sizes.cp - 1) / sizes.cp * load.rows / sizes.cp
-    return {"all-to-all": share * values * head * BF16 * layers * (_forwards(config) + 1)}
+    return {"all-to-all": share * values * head * BF16 * layers * (_forwards(config)[0] + 1)}
 
 
 def _pipeline(config: Config, sizes: Sizes, rank: int, load: Load) -> dict[str, float]:
@@ -117,7 +119,7 @@ def _modality(config: Config, sizes: Sizes, layers: int, holder: int, load: Load
     own = [rows / sizes.cp / sizes.tp for rows in (load.und_rows, load.gen_rows)]
     leaving = own[holder] * (1 - 1 / holders[holder]) + own[1 - holder]
     returning = (sizes.ep - 1) * own[holder] / holders[holder]
-    passes = _forwards(config) + 1
+    passes = _forwards(config)[1] + 1
     row = config.model.hidden_size * BF16
     both = _scatter(config, sizes, layers, load)
     return {"all-to-all": passes * layers * (leaving + returning) * row, **both}
@@ -131,7 +133,7 @@ def _sparse(config: Config, sizes: Sizes, layers: int, load: Load) -> dict[str, 
     rows = sum(n for n, e in zip((load.und_rows, load.gen_rows), experts, strict=True) if e is not None)
     rows *= config.model.moe_router_topk / sizes.cp / sizes.tp
     share = (sizes.ep - 1) / sizes.ep
-    passes = _forwards(config) + 1
+    passes = _forwards(config)[1] + 1
     sent = passes * layers * 2 * rows * share * config.model.hidden_size * BF16
     return {"all-to-all": sent, **_scatter(config, sizes, layers, load)}
 
@@ -141,4 +143,4 @@ def _scatter(config: Config, sizes: Sizes, layers: int, load: Load) -> dict[str,
     if sizes.tp == 1 or config.parallel.sequence_parallel:
         return {}
     unit = (sizes.tp - 1) / sizes.tp * load.rows / sizes.cp * config.model.hidden_size * BF16
-    return {"all-gather": unit * layers * (_forwards(config) + 1)}
+    return {"all-gather": unit * layers * (_forwards(config)[1] + 1)}
