@@ -8,7 +8,7 @@ import pytest
 from tests.distributed.launch import launch_ok
 from tests.tiny_data import training_options, write_data
 
-PIPELINE = ["--parallel.pipeline_model_parallel_size=2", "--parallel.context_parallel_size=2"]
+PIPELINE = "--parallel.pipeline_model_parallel_size=2"
 
 
 def test_a_frozen_vit_trains_alike_on_a_pipeline_and_resumes(tmp_path):
@@ -21,10 +21,10 @@ def test_a_frozen_vit_trains_alike_on_a_pipeline_and_resumes(tmp_path):
 
     alone = train("alone", 3, 1)
     saving = "--checkpoint.save_interval=2"
-    train("pipeline", 2, 4, saving, *PIPELINE)
-    together = train("pipeline", 3, 4, saving, *PIPELINE)
+    train("pipeline", 2, 2, saving, PIPELINE)
+    together = train("pipeline", 3, 2, saving, PIPELINE)
     assert [m["step"] for m in together] == [1, 2, 3]
-    for one, four in zip(alone, together, strict=True):
+    for one, two in zip(alone, together, strict=True):
         for key in ("ce", "mse", "grad_norm"):
-            assert four[key] == pytest.approx(one[key], rel=1e-5), key
-        assert one["encode_balance"] == 1 and 1 <= four["encode_balance"] <= 4
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+        assert one["encode_balance"] == 1 and 1 <= two["encode_balance"] <= 2
