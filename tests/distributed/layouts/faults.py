@@ -30,8 +30,13 @@ def _scaled_gradients(trainer: Trainer, among: str, factor: float) -> Iterator[N
 FAULTS: dict[str, Callable[[Trainer], AbstractContextManager]] = {
     "gradients of one rank are 0.1 % too large": lambda trainer: _scaled_gradients(trainer, "", 1.001),
     "one bias of the ViT gets a hundredth too much": lambda trainer: _scaled_gradients(trainer, "0.mlp.fc2.bias", 1.01),
+    "parts of the ViT's gradients are not summed over tensor-parallel ranks": lambda _: mock.patch(
+        "megabagel.training.wrap.sum_partial_gradients"
+    ),
     "norms are not summed over tensor-parallel ranks": lambda _: mock.patch.object(
-        sys.modules["megatron.core.distributed.finalize_model_grads"], "_allreduce_non_tensor_model_parallel_grads"
+        # the package has a function of the module's name
+        sys.modules["megatron.core.distributed.finalize_model_grads"],
+        "_allreduce_non_tensor_model_parallel_grads",
     ),
 }
 

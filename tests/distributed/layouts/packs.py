@@ -93,6 +93,9 @@ class PackReader:
         return make_pack(self._steps[step][place], (step, place), *self._shape)
 
     def state_dict(self) -> dict:
-        return {"faults": {"num_bad": {}}}
+        return {"faults": {"num_bad": {}}, "steps": self._read // len(self._places)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._read = state["steps"] * len(self._places)
 
     def close(self) -> None: ...

@@ -61,6 +61,8 @@ class Pool:
             raise RanksFailedError(stacks + "\n".join(f"rank {rank}: {e}" for rank, e in sorted(errors.items())))
         for connection in connections:
             connection.send("leave")
+        for connection in connections:
+            connection.recv()
         return [results[rank] for rank in range(processes)]
 
     def close(self) -> None:

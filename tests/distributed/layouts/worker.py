@@ -23,12 +23,15 @@ import megabagel.training.setup  # noqa: E402, F401
 from megabagel.runtime import cpu_megatron, distributed  # noqa: E402
 
 cpu_megatron.install()
+# objects of the imports leave the garbage collector's sight: it would copy their pages into every forked process
+gc.collect()
+gc.freeze()
 
 
 def serve(rank: int, connection: Connection, port: int, stack_file: Path) -> None:
-    """Answer jobs (name, processes, function, arguments) with (error or None, result) until the pool is gone.
+    """Answer jobs (name, processes, function, arguments) with (error or None, result), then "leave" with "left".
 
-    SIGUSR1 writes all threads' stacks to `stack_file`.
+    Ends when the pool is gone. SIGUSR1 writes all threads' stacks to `stack_file`.
     """
     stacks = stack_file.open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -47,6 +50,7 @@ def serve(rank: int, connection: Connection, port: int, stack_file: Path) -> Non
         connection.send(answer)
         if connection.recv() == "leave":  # every rank has finished: nobody waits for this one any more
             _forget()
+            connection.send("left")
 
 
 def _forget() -> None:
