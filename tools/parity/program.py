@@ -23,7 +23,7 @@ def run(options: argparse.Namespace, result: Path) -> None:
     """Check the case on this rank; rank 0 writes `True` or `False` and the JSON line to `result`."""
     warnings.filterwarnings("ignore", module="megatron")
     torch.set_num_threads(1)
-    with failure.guard(CaseError, CheckpointError, ConfigError, ValueError):
+    with failure.guard(CaseError, CheckpointError, ConfigError):
         _check(options, result)
 
 

@@ -127,6 +127,8 @@ class Runner:
     @torch.no_grad()
     def _frozen_features(self, plan: PackPlan, patches: Tensor) -> Tensor:
         """What the encode phase hands to the first stage: features of the ViT tokens of this rank's chunk."""
+        if not len(patches):
+            return patches.new_empty(0, self.config.model.vit.hidden_size)
         features = self.stages[0].vision(patches, plan.vit_position_ids.to(patches.device), plan.vit_seqlens.tolist())
         return features[chunk_of(plan, self.layout.cp_rank, self.layout.cp_size).vit_tokens]
 
