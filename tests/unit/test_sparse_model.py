@@ -36,8 +36,15 @@ def layout():
 class Model:
     """The golden checkpoint's shape with changes, filled from it or from scratch, and one pack."""
 
-    def __init__(self, layout, folder: str | None = str(CHECKPOINT), **changes: object):
+    def __init__(
+        self, layout, folder: str | None = str(CHECKPOINT), recompute: str | list | None = None, **changes: object
+    ):
         self.config = Config()
+        if recompute == "full":
+            self.config.training.recompute_granularity = "full"
+        elif recompute:
+            self.config.training.recompute_granularity = "selective"
+            self.config.training.recompute_modules = recompute
         self.config.training.params_dtype = "fp32"
         self.config.optimizer.lr = 1e-3
         self.config.parallel.overlap_grad_reduce = True  # a parameter outside the graph would stop the second step
@@ -99,9 +106,29 @@ def test_upcycled_model_starts_as_the_dense_one_and_says_so_once(layout, caplog)
     assert len(moved) >= 2 and not torch.equal(*(sparse.stage.get_parameter(name) for name in moved[:2]))
 
 
+@pytest.mark.parametrize("modules", [None, ["mlp"], ["layernorm"]])
+def test_recomputed_layers_give_the_same_gradients_and_count_losses_once(modules, layout):
+    found = []
+    for recompute in (None, modules or "full"):
+        model = Model(layout, recompute=recompute, **SPARSE, moe_aux_loss_coeff=0.1, moe_z_loss_coeff=0.1)
+        model.step()
+        losses = take_expert_losses(model.chunks, model.config.model, 1, layout.device)
+        gradients = [parameter.main_grad for parameter in model.stage.parameters()]
+        assert sum(bool(gradient.any()) for gradient in gradients) > 0.8 * len(gradients)
+        found.append([torch.tensor([losses.balance, losses.z]), *gradients])
+    for plain, recomputed in zip(*found, strict=True):
+        assert (recomputed - plain).norm() <= 1e-5 * plain.norm() + 1e-9
+
+
 def test_dense_models_measure_no_expert_losses(layout):
     model = Model(layout)
     assert take_expert_losses(model.chunks, model.config.model, 1, layout.device).balance is None
+
+
+def test_experts_of_a_frozen_decoder_stay(layout):
+    model = Model(layout, **SPARSE, freeze_llm=True, moe_aux_loss_coeff=0.01)
+    assert model.step().isfinite().all()
+    assert model.moved() and not any(name.startswith("decoder.") for name in model.moved())
 
 
 def test_frozen_und_experts_stay_and_gen_experts_move(layout):
