@@ -28,17 +28,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megabagel.checkpoint import ema as ema_state
 from megabagel.checkpoint import folder
+from megabagel.checkpoint import optimizer as optimizer_state
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 logger = logging.getLogger(__name__)
-
-# Whole optimizer tensors under parameter names, which any layout can load, made on the first data-parallel rank.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
 
 
 @dataclass(frozen=True)
@@ -79,11 +73,12 @@ def save(
         model_state = _model_state(model_chunks)
         state = {
             "model": model_state,
-            "optimizer": _optimizer_state(optimizer, model_state),
+            "optimizer": optimizer_state.for_saving(optimizer, model_state),
             "rng": _rng_entry(_rng_state()),
             "run": {
                 "step": step,
                 "counters": counters,
+                "optimizer_steps": optimizer_state.steps_done(optimizer),
                 "data_states": data_states,
                 "config_yaml": config_yaml,
                 "layout": _layout(),
@@ -167,11 +162,7 @@ def _load(
     run = _from_rank_0(lambda: dist_checkpointing.load_common_state_dict(str(source))["run"])
     with whole_parameters(model_chunks):
         model_state = _model_state(model_chunks)
-        settings = [dict(group) for group in optimizer.param_groups]
-        request = {
-            "model": model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_METADATA),
-        }
+        request = {"model": model_state, "optimizer": optimizer_state.for_loading(optimizer, model_state)}
         loads_ema = ema is not None and run["has_ema"]
         if loads_ema:
             request["ema"] = ema_state.for_loading(ema, model_state)
@@ -182,8 +173,7 @@ def _load(
             loaded = dist_checkpointing.load(request, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
         for index, chunk in enumerate(model_chunks):
             chunk.module.load_state_dict(loaded["model"][f"model{index}"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        _keep_settings(optimizer, settings)
+        optimizer_state.put(optimizer, loaded["optimizer"], run["optimizer_steps"])
         # parameters saved in bfloat16 are coarser than the main parameters that a float32 run goes on with
         publish_main_parameters(optimizer)
         if loads_ema:
@@ -208,23 +198,9 @@ def _load(
 
 def _model_state(model_chunks: Sequence[DistributedDataParallel]) -> ShardedStateDict:
     return {
-        f"model{i}": chunk.module.sharded_state_dict(metadata=dict(_METADATA)) for i, chunk in enumerate(model_chunks)
+        f"model{i}": chunk.module.sharded_state_dict(metadata=dict(optimizer_state.METADATA))
+        for i, chunk in enumerate(model_chunks)
     }
-
-
-def _optimizer_state(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> ShardedStateDict:
-    """The optimizer's state for saving; ranks that hold none of the tensors say nothing of them."""
-    state = optimizer.sharded_state_dict(model_state, metadata=_METADATA)
-    for part in [state] if "param_state" in state else state.values():  # of one optimizer, or of several by number
-        if part["param_state"] is None:
-            del part["param_state"]
-    return state
-
-
-def _keep_settings(optimizer: MegatronOptimizer, settings: list[dict]) -> None:
-    """Of the loaded parameter groups take the step count only: rates, betas, eps and decay are this run's."""
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        group.update({key: value for key, value in mine.items() if key not in ("params", "step")})
 
 
 def _check(request: ShardedStateDict, source: Path) -> None:

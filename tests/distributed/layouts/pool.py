@@ -79,7 +79,7 @@ class Pool:
         for rank in range(self.size):
             ours, theirs = self._context.Pipe()
             process = self._context.Process(
-                target=_serve, args=(rank, theirs, self._store.port, self._stack_file(rank)), daemon=True
+                target=_serve, args=(rank, theirs, self._store.port, self._stack_file(rank))
             )
             process.start()
             theirs.close()
