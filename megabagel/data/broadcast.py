@@ -1,6 +1,6 @@
 """One reader per model replica: its packs go to the replica's other ranks, and so do its errors.
 
-Needs a process group with a CPU backend. Which rank encodes which picture is decided by the caller.
+Needs a process group with a CPU backend. Pixels stay behind: `handout.py` sends each picture to whoever encodes it.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabagel.data.faults import DataError
+from megabagel.data.handout import unseen
 from megabagel.data.reader import Pack, Reader
 from megabagel.packing.plan import PackPlan
 
@@ -24,18 +25,10 @@ logger = logging.getLogger(__name__)
 class ReplicaReader:
     """The packs of a replica on each of its ranks. Every rank of the group makes the same calls in the same order."""
 
-    def __init__(
-        self,
-        open_reader: Callable[[], Reader],
-        group: dist.ProcessGroup,
-        source_rank: int,
-        owners: list[int] | None = None,
-    ) -> None:
-        """`open_reader` is called on global rank `source_rank` only. `owners`: see `broadcast_pack`.
-
-        Raises DataError on all ranks when it fails there.
-        """
-        self._group, self._source, self._owners = group, source_rank, owners
+    def __init__(self, open_reader: Callable[[], Reader], group: dist.ProcessGroup, source_rank: int) -> None:
+        """`open_reader` is called on global rank `source_rank` only. Raises DataError on all ranks when it fails
+        there."""
+        self._group, self._source = group, source_rank
         self._reader: Reader | None = None
         self._is_source = dist.get_rank() == source_rank
 
@@ -46,7 +39,7 @@ class ReplicaReader:
         self._state = self._on_source(start)
 
     def next(self) -> Pack:
-        """The next pack."""
+        """The next pack; only the source has its pixels."""
 
         def read() -> tuple[dict, Pack]:
             pack = next(self._reader)
@@ -61,7 +54,7 @@ class ReplicaReader:
         else:
             outcome = None
         self._state = _agree(outcome, self._group, self._source)
-        return broadcast_pack(pack, self._group, self._source, self._owners)
+        return broadcast_pack(pack, self._group, self._source)
 
     def state_dict(self) -> dict:
         """The reader's state after the last pack, on every rank."""
@@ -85,54 +78,30 @@ class ReplicaReader:
         return _agree(_attempt(action) if self._is_source else None, self._group, self._source)
 
 
-def broadcast_pack(
-    pack: Pack | None, group: dist.ProcessGroup | None, src: int, owners: list[int] | None = None
-) -> Pack:
-    """Give every rank of `group` the pack of global rank `src`; the others pass None.
+def broadcast_pack(pack: Pack | None, group: dist.ProcessGroup | None, src: int) -> Pack:
+    """Give every rank of `group` the pack of global rank `src`, and its pictures as shapes without pixels.
 
-    `owners`: global ranks that get the pixels (null: all); elsewhere but on `src` the image lists are empty.
+    The other ranks pass None.
     """
     if dist.get_world_size(group) == 1:
         return pack
-    rank = dist.get_rank()
-    description = _broadcast_object(_describe(pack) if rank == src else None, group, src)
-    shapes = description["shapes"]
-    if rank == src:
-        images = [*pack.vae_images, *pack.vit_images]
-        flat = torch.cat([image.reshape(-1) for image in images]) if images else torch.empty(0, dtype=torch.uint8)
-    else:
-        flat = torch.empty(sum(np.prod(shape, dtype=int) for shape in shapes), dtype=torch.uint8)
-    if owners is None:
-        if flat.numel():
-            dist.broadcast(flat, src, group=group)
-    elif rank == src:
-        for owner in owners:
-            if owner != src and flat.numel():
-                dist.send(flat, owner, group=group)
-    elif rank in owners and flat.numel():
-        dist.recv(flat, src, group=group)
-    if rank == src:
+    is_source = dist.get_rank() == src
+    description = _broadcast_object(_describe(pack) if is_source else None, group, src)
+    if is_source:
         return pack
-    images = []
-    if owners is None or rank in owners:
-        sizes = [int(np.prod(shape)) for shape in shapes]
-        images = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
-    num_vae = description["num_vae"]
     return Pack(
-        plan=_unpack_plan(description["plan"]),
-        vae_images=images[:num_vae],
-        vit_images=images[num_vae:],
-        groups=description["groups"],
-        keys=description["keys"],
-        origins=description["origins"],
+        plan=_unpack_plan(description.pop("plan")),
+        vae_images=[unseen(shape) for shape in description.pop("vae_shapes")],
+        vit_images=[unseen(shape) for shape in description.pop("vit_shapes")],
+        **description,
     )
 
 
 def _describe(pack: Pack) -> dict:
     """All of the pack but its pixels."""
     return {
-        "num_vae": len(pack.vae_images),
-        "shapes": [tuple(image.shape) for image in [*pack.vae_images, *pack.vit_images]],
+        "vae_shapes": [tuple(image.shape) for image in pack.vae_images],
+        "vit_shapes": [tuple(image.shape) for image in pack.vit_images],
         "groups": pack.groups,
         "keys": pack.keys,
         "origins": pack.origins,

@@ -27,7 +27,10 @@ from megabagel.packing.splits import PlannedSample
 
 @dataclass
 class Pack:
-    """One packed sequence: the plan and its pixels. Per sample: group name, key and origin (file and row)."""
+    """One packed sequence: the plan and its pixels. Per sample: group name, key and origin (file and row).
+
+    On ranks that did not read it the images are on the meta device: shapes without pixels.
+    """
 
     plan: PackPlan
     vae_images: list[Tensor]  # uint8 [3, H, W] each, in the order of plan.latent_grids

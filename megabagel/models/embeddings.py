@@ -25,7 +25,7 @@ from megabagel.packing.plan import PackPlan
 class StreamInputs:
     """Encoded content of one packed sequence, beside its PackPlan; rows in the plan's order."""
 
-    vit_patches: Tensor | None  # [Nv, p*p*3] parameter dtype, normalised to [-1, 1]; None where features are given
+    vit_patches: Tensor | None  # [m, p*p*3] parameter dtype, in [-1, 1], of this rank's pictures; None: features given
     latents: Tensor  # [G, d] float32, clean
     noise: Tensor  # [G, d] float32
     vit_features: Tensor | None = None  # [tokens of this rank's chunk, ViT hidden] of a tower that ran before

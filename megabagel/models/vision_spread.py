@@ -68,8 +68,9 @@ def _backward(there: Exchange, rank: int, tp_size: int, rows: int) -> Exchange:
 def spread_features(
     tower: VisionTower, patches: Tensor, plan: PackPlan, group: dist.ProcessGroup, tp_size: int
 ) -> Tensor:
-    """patches [Nv, p*p*3] of the whole pack, `plan` on the CPU -> [n + 1, hidden]: features of the n ViT tokens of this
-    rank's chunk in order, then a row of zeros that keeps the tower in the graph. Every rank of `group` calls it.
+    """patches [m, p*p*3] of the pictures that `image_owners` gives this rank; `plan` of the whole pack, on the CPU.
+    -> [n + 1, hidden]: features of the n ViT tokens of this rank's chunk in order, then a row of zeros that keeps the
+    tower in the graph. Every rank of `group` calls it.
 
     `group`: the tensor- and context-parallel ranks of this stage, tensor-parallel ones side by side.
     """
@@ -81,7 +82,7 @@ def spread_features(
     own = (row_owners == rank).nonzero()[:, 0]
     # a dummy patch behind the own ones: every weight is used on every step, whatever the pack holds
     features = tower(
-        pad(patches[own.to(patches.device)], (0, 0, 0, 1)),
+        pad(patches, (0, 0, 0, 1)),
         pad(plan.vit_position_ids[own], (0, 1)).to(patches.device),
         [*mine, 1],
     )

@@ -1,13 +1,15 @@
 """The encode phase: pictures of a step become latents, noise and ViT inputs before the pipeline runs.
 
-What does not train, the autoencoder and a frozen ViT, works spread over all ranks of the model replica. Every draw is
-keyed by the image, so who encodes it, the packing and the layout change the result by rounding only.
+What does not train, the autoencoder and a frozen ViT, works spread over all ranks of the model replica; pixels go to
+the one rank that needs them. Every draw is keyed by the image, so who encodes it, the packing and the layout change the
+result by rounding only.
 """
 
 import torch
 from torch import Tensor
 
 from megabagel.config.schema import Config
+from megabagel.data.handout import hand_out
 from megabagel.data.reader import Pack
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.embeddings import StreamInputs
@@ -43,14 +45,20 @@ class Encoder:
         self.balance: float | None = None  # of the last step: largest cost of a rank over the mean; None: no picture
 
     def __call__(self, packs: list[Pack]) -> list[StreamInputs | None]:
-        """One entry per pack; None on the stages between the first and the last. Every rank of the replica calls it."""
+        """One entry per pack; None on the stages between the first and the last. Every rank of the replica calls it;
+        only the source needs pixels."""
         ranks = len(self.layout.replica_ranks)
         vae_costs, vit_costs = self.latents.costs(packs), self.vision.costs(packs)
         costs = vae_costs + vit_costs
         owners = spread(costs, ranks)
         self.balance = imbalance(costs, owners, ranks)
-        latents = self.latents.encode(packs, owners[: len(vae_costs)])
-        features = self.vision.encode(packs, owners[len(vae_costs) :])
+        vae_owners, vit_owners = owners[: len(vae_costs)], owners[len(vae_costs) :]
+        if self.vision.tower is None:
+            vit_owners = self.vision.owners(packs)
+        source = self.layout.replica_ranks.index(self.layout.source_rank)
+        packs = hand_out(packs, vae_owners + vit_owners, self.layout.replica_group, source)
+        latents = self.latents.encode(packs, vae_owners)
+        features = self.vision.encode(packs, vit_owners)
         if not (self.layout.is_first_stage or self.layout.is_last_stage):
             return [None] * len(packs)
         return [

@@ -42,8 +42,9 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode(self, packs: list[Pack], owners: list[int]) -> list[Tensor]:
-        """`owners`: rank of the replica that encodes each picture. -> float32 [G, channels] per pack on the first and
-        last stage, [0, channels] elsewhere. Every rank of the replica calls it."""
+        """`owners`: rank of the replica that encodes each picture, the only one that needs its pixels. -> float32
+        [G, channels] per pack on the first and last stage, [0, channels] elsewhere. Every rank of the replica calls
+        it."""
         images = [image for pack in packs for image in pack.vae_images]
         keys = [key for pack in packs for key in pack.plan.image_keys.tolist()]
         grids = torch.cat([pack.plan.latent_grids for pack in packs])

@@ -14,7 +14,7 @@ from megabagel.models.autoencoder import patchify
 from megabagel.models.build import DTYPES
 from megabagel.models.costs import vision_flops
 from megabagel.models.vision import VisionTower
-from megabagel.models.vision_spread import chunk_tokens
+from megabagel.models.vision_spread import chunk_tokens, image_owners
 from megabagel.runtime.distributed import Layout
 from megabagel.runtime.exchange import exchange, plan_exchange
 from megabagel.training.encode_latents import normalise
@@ -28,7 +28,6 @@ class VisionEncoder:
     def __init__(self, config: Config, layout: Layout, tower: VisionTower | None):
         self.layout, self.config, self.tower = layout, config.model.vit, tower
         self.dtype = DTYPES[config.training.params_dtype]
-        self.sees_images = config.model.visual_und and layout.is_first_stage
 
     def costs(self, packs: list[Pack]) -> list[int]:
         """Operations for each picture that a frozen tower encodes."""
@@ -36,9 +35,14 @@ class VisionEncoder:
             return []
         return [vision_flops(self.config, tokens) for pack in packs for tokens in pack.plan.vit_seqlens.tolist()]
 
+    def owners(self, packs: list[Pack]) -> list[int]:
+        """Rank of the replica, one of the first stage, that runs a tower that trains on each picture."""
+        stage, seqlens = len(self.layout.last_stage_ranks), [pack.plan.vit_seqlens.tolist() for pack in packs]
+        return [owner for tokens in seqlens for owner in image_owners(tokens, self.config, stage)]
+
     def patches(self, pack: Pack) -> Tensor:
-        """What a tower that trains needs: [Nv, p*p*3] on the first stage, [0, p*p*3] elsewhere."""
-        return self._cut(pack.vit_images if self.sees_images else [])
+        """What a tower that trains needs: [m, p*p*3] of the pictures whose pixels this rank has."""
+        return self._cut([image for image in pack.vit_images if not image.is_meta])
 
     def _cut(self, images: list[Tensor]) -> Tensor:
         """Pictures, one after the other, as patches [n, p*p*3]."""
@@ -49,9 +53,9 @@ class VisionEncoder:
 
     @torch.no_grad()
     def encode(self, packs: list[Pack], owners: list[int]) -> list[Tensor | None]:
-        """`owners`: rank of the replica that encodes each picture. -> features per pack of the ViT tokens of this
-        rank's chunk, [n, hidden], on the first stage, [0, hidden] elsewhere; None if the ViT trains. Every rank of the
-        replica calls it."""
+        """`owners`: rank of the replica that encodes each picture, the only one that needs its pixels. -> features per
+        pack of the ViT tokens of this rank's chunk, [n, hidden], on the first stage, [0, hidden] elsewhere; None if the
+        ViT trains. Every rank of the replica calls it."""
         if self.tower is None:
             return [None] * len(packs)
         images = [image for pack in packs for image in pack.vit_images]

@@ -1,16 +1,30 @@
-"""Run under torchrun by `test_broadcast.py`: every rank gets the reader's packs, states and errors."""
+"""Run under torchrun by `test_broadcast.py`: every rank gets the reader's packs, states and errors, and of the pixels
+those of its own pictures only."""
 
+import dataclasses
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from megabagel.data.broadcast import ReplicaReader
+from megabagel.data.broadcast import ReplicaReader, broadcast_pack
 from megabagel.data.faults import DataError
+from megabagel.data.handout import hand_out
+from megabagel.data.reader import Pack
 from tests.unit.data_fixtures import edit_group, make_reader, same_pack, t2i_group, vlm_group, vlm_line
 
 SOURCE = 1
+
+
+def pictures(packs: list[Pack]) -> list[torch.Tensor]:
+    """In the order of owners."""
+    return [i for pack in packs for i in pack.vae_images] + [i for pack in packs for i in pack.vit_images]
+
+
+def without_pixels(pack: Pack) -> Pack:
+    return dataclasses.replace(pack, vae_images=[], vit_images=[])
 
 
 def groups(folder: Path, name: str) -> dict:
@@ -26,31 +40,69 @@ def check_packs_and_states(folder: Path) -> None:
     shared = [groups(folder, "mixed") if rank == SOURCE else None]
     dist.broadcast_object_list(shared, SOURCE)
     mixed = shared[0]
-    for owners in (None, [0, SOURCE]):
-        replica = ReplicaReader(lambda: make_reader(mixed), dist.group.WORLD, SOURCE, owners)
-        with make_reader(mixed) as alone:
+    replica = ReplicaReader(lambda: make_reader(mixed), dist.group.WORLD, SOURCE)
+    with make_reader(mixed) as alone:
+        assert replica.state_dict() == alone.state_dict()
+        for _ in range(3):
+            ours, expected = replica.next(), next(alone)
             assert replica.state_dict() == alone.state_dict()
-            for _ in range(3):
-                ours, expected = replica.next(), next(alone)
-                assert replica.state_dict() == alone.state_dict()
-                assert expected.vae_images and expected.vit_images
-                if owners is not None and rank not in owners:
-                    assert not ours.vae_images and not ours.vit_images
-                    expected.vae_images = expected.vit_images = []
-                assert same_pack(ours, expected)
-                ours.plan.position_ids += torch.zeros_like(ours.plan.position_ids)  # writable
-            state, expected = replica.state_dict(), next(alone)
-        replica.next()
-        replica.load_state_dict(state)
-        again = replica.next()
-        assert torch.equal(again.plan.text_ids, expected.plan.text_ids) and again.keys == expected.keys
-        replica.close()
+            assert expected.vae_images and expected.vit_images
+            assert all(image.is_meta == (rank != SOURCE) for image in pictures([ours]))
+            shapes = [image.shape for image in pictures([expected])]
+            assert [image.shape for image in pictures([ours])] == shapes
+            assert same_pack(without_pixels(ours), without_pixels(expected))
+            ours.plan.position_ids += torch.zeros_like(ours.plan.position_ids)  # writable
+        state, expected = replica.state_dict(), next(alone)
+    replica.next()
+    replica.load_state_dict(state)
+    again = replica.next()
+    assert torch.equal(again.plan.text_ids, expected.plan.text_ids) and again.keys == expected.keys
+    replica.close()
+
+
+# who encodes the n-th of the pictures
+SHARES = {
+    "everyone": lambda n: n % 3,
+    "nobody but rank 0": lambda n: 0,
+    "nobody but the source": lambda n: SOURCE,
+    "the others": lambda n: n % 2 * 2,
+    "a rank after the source, but for one picture": lambda n: 2 if n else 0,
+}
+
+
+def check_pixels(folder: Path) -> None:
+    """Pixels reach the owner of a picture and nobody else."""
+    rank, world = dist.get_rank(), dist.group.WORLD
+    with make_reader(groups(folder, "mixed")) as reader:
+        whole = [next(reader) for _ in range(2)]
+    mine = [broadcast_pack(pack if rank == SOURCE else None, world, SOURCE) for pack in whole]
+    assert pictures(whole[:1]) and pictures(whole[1:])
+    for name, owner_of in SHARES.items():
+        owners = [owner_of(n) for n in range(len(pictures(whole)))]
+        with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as travel:
+            held = hand_out(mine, owners, world, SOURCE)
+        own = 0
+        for image, owner, expected in zip(pictures(held), owners, pictures(whole), strict=True):
+            assert image.shape == expected.shape and image.dtype == torch.uint8
+            assert image.is_meta == (owner != rank), name
+            if owner == rank:
+                assert torch.equal(image, expected), name
+                own += image.numel()
+        assert all(same_pack(without_pixels(a), without_pixels(b)) for a, b in zip(held, mine, strict=True))
+        assert all(image.is_meta == (rank != SOURCE) for image in pictures(mine)), "the packs are left as they are"
+        received = sum(call.args[0].numel() for call in travel.call_args_list)
+        assert received == (0 if rank == SOURCE else own), name
+        total = torch.tensor(own)
+        dist.all_reduce(total)
+        assert total == sum(image.numel() for image in pictures(whole))
+    assert hand_out([], [], world, SOURCE) == []
 
 
 def check_packs_without_pictures(folder: Path) -> None:
     replica = ReplicaReader(lambda: make_reader(groups(folder, "text")), dist.group.WORLD, SOURCE)
     pack = replica.next()
     assert not pack.vae_images and not pack.vit_images and pack.plan.text_ids.numel()
+    assert same_pack(hand_out([pack], [], dist.group.WORLD, SOURCE)[0], pack)
     replica.close()
 
 
@@ -84,6 +136,7 @@ def main() -> None:
     check_packs_without_pictures(folder)
     check_errors(folder)
     check_packs_and_states(folder)
+    check_pixels(folder)
     dist.barrier()
     dist.destroy_process_group()
     print("broadcast is fine", flush=True)

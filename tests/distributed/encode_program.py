@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import Config, ParallelConfig
+from megabagel.data.broadcast import broadcast_pack
 from megabagel.data.reader import Pack
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.vision import VisionTower
@@ -84,8 +85,10 @@ def check(sizes: tuple[int, int, int], config: Config, vae: Autoencoder, vit: Vi
     )
     for name, samples in STEPS.items():
         packs = make_packs(config, samples)
+        sources = packs if layout.is_source else [None] * len(packs)
+        known = [broadcast_pack(pack, layout.replica_group, layout.source_rank) for pack in sources]
         together, single = (Encoder(config, where, vae, vit) for where in (layout, alone))
-        found, expected = together(packs), single(packs)
+        found, expected = together(known), single(packs)
         for pack, mine, whole in zip(packs, found, expected, strict=True):
             if not (layout.is_first_stage or layout.is_last_stage):
                 assert mine is None
@@ -103,13 +106,16 @@ def check(sizes: tuple[int, int, int], config: Config, vae: Autoencoder, vit: Vi
         else:
             assert 1 <= together.balance <= ranks
         assert single.balance == (None if together.balance is None else 1)
-        for pack, whole in zip(packs, expected, strict=True):
-            check_spread(pack.plan, Encoder(config, alone, vae).vision.patches(pack), whole.vit_features, vit)
+        found, patches = Encoder(config, layout, vae)(known), Encoder(config, alone, vae)(packs)
+        if layout.is_first_stage:
+            for pack, own, all_of_it, whole in zip(packs, found, patches, expected, strict=True):
+                check_spread(pack.plan, own.vit_patches, all_of_it.vit_patches, whole.vit_features, vit)
     parallel_state.destroy_model_parallel()
 
 
-def check_spread(plan: PackPlan, patches: Tensor, expected: Tensor, frozen: VisionTower) -> None:
-    """Features of the rank's chunk, and weight gradients of a loss that weighs every feature differently."""
+def check_spread(plan: PackPlan, own: Tensor, patches: Tensor, expected: Tensor, frozen: VisionTower) -> None:
+    """Features of the rank's chunk from patches of its own pictures, and weight gradients of a loss that weighs every
+    feature differently."""
     group = parallel_state.get_tensor_and_context_parallel_group()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     draw = torch.Generator().manual_seed(1)
@@ -119,7 +125,7 @@ def check_spread(plan: PackPlan, patches: Tensor, expected: Tensor, frozen: Visi
         whole = single(patches, plan.vit_position_ids, plan.vit_seqlens.tolist())
         (whole * weights).sum().backward()
     tokens = chunk_of(plan, *_chunk_numbers()).vit_tokens
-    features = spread_features(mine, patches, plan, group, tp_size)
+    features = spread_features(mine, own, plan, group, tp_size)
     torch.testing.assert_close(features[:-1], expected[tokens], rtol=1e-5, atol=1e-5)
     assert not features[-1].any()
     (features * pad(weights[tokens], (0, 0, 0, 1), value=1.0)).sum().backward()

@@ -108,7 +108,7 @@ def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: Stre
         elif name == "final":
             out["last_hidden_state"] = streams(*calls)
         elif name == "vit_last_hidden":
-            own = _own_vit_tokens(share, stage)
+            own = own_vit_tokens(share, stage)
             out[name] = share.vit[own], value[: len(own)]
         elif name == "vit_connector_out":
             out[name] = share.vit[chunk.vit_tokens], value[: len(chunk.vit_tokens)]
@@ -128,7 +128,7 @@ def _inside(rows: Tensor, start: int, length: int) -> Tensor:
     return ((rows >= start) & (rows < start + length)).nonzero()[:, 0]
 
 
-def _own_vit_tokens(share: Share, stage: Bagel) -> Tensor:
+def own_vit_tokens(share: Share, stage: Bagel) -> Tensor:
     """Which of the share's ViT tokens belong to pictures that this rank runs through the tower."""
     group = parallel_state.get_tensor_and_context_parallel_group()
     seqlens = share.plan.vit_seqlens

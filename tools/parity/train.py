@@ -24,7 +24,7 @@ from megabagel.training.step import Losses, count, forward_backward
 from megabagel.training.wrap import wrap
 from parity.case import Case, latent_tokens
 from parity.gather import Rows, export, gather, gather_gradient_shards, gather_rows, gather_tensors
-from parity.measure import Recorder, forward_values
+from parity.measure import Recorder, forward_values, own_vit_tokens
 from parity.plans import Share, make_shares
 
 TILE = 16
@@ -121,7 +121,7 @@ class Runner:
         noise = noise[share.latent] if len(share.latent) else torch.empty_like(latents)
         patches, latents, noise = patches.to(device), latents.to(device), noise.to(device)
         if not (is_frozen(self.config.model) and self.stages[0].pre_process and self.stages[0].vision is not None):
-            return StreamInputs(patches, latents, noise)
+            return StreamInputs(patches[own_vit_tokens(share, self.stages[0]).to(device)], latents, noise)
         return StreamInputs(None, latents, noise, self._frozen_features(share.plan, patches))
 
     @torch.no_grad()

@@ -1,0 +1,53 @@
+"""Hands the pictures of a step out: each one's pixels go from the rank that read them to the one rank that encodes it.
+
+Who encodes which picture is decided by the caller. Plans and shapes are on every rank before, see `broadcast.py`.
+"""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megabagel.data.reader import Pack
+
+
+def unseen(shape: tuple[int, ...]) -> Tensor:
+    """A picture whose pixels are on another rank: its shape only."""
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+def hand_out(packs: list[Pack], owners: list[int], group: dist.ProcessGroup, source: int) -> list[Pack]:
+    """The packs, every picture with its pixels on the rank of `group` that `owners` names, and `unseen` elsewhere.
+
+    Rank `source` of the group has all pixels before, the others need shapes only; `packs` are left as they are. Every
+    rank of the group, which has a CPU backend, calls it. `owners`: of the VAE pictures of all packs, then of the ViT
+    pictures. While it sends, the source holds one more copy of what the others get. Raises ValueError when owners and
+    pictures are not equally many.
+    """
+    images = [i for pack in packs for i in pack.vae_images] + [i for pack in packs for i in pack.vit_images]
+    held = iter(_exchange(images, owners, group, source))
+    vae = [[next(held) for _ in pack.vae_images] for pack in packs]
+    vit = [[next(held) for _ in pack.vit_images] for pack in packs]
+    return [dataclasses.replace(pack, vae_images=a, vit_images=b) for pack, a, b in zip(packs, vae, vit, strict=True)]
+
+
+def _exchange(images: list[Tensor], owners: list[int], group: dist.ProcessGroup, source: int) -> list[Tensor]:
+    """In one all-to-all, in which only the source sends."""
+    rank, ranks = group.rank(), range(group.size())
+    held = [i if rank == owner == source else unseen(i.shape) for i, owner in zip(images, owners, strict=True)]
+    travels = [[n for n, owner in enumerate(owners) if owner == r != source] for r in ranks]
+    if not any(travels):
+        return held
+    sizes = [sum(images[n].numel() for n in part) for part in travels]
+    received, nothing = torch.empty(sizes[rank], dtype=torch.uint8), [0] * len(sizes)
+    if rank == source:
+        sent = torch.cat([images[n].flatten() for part in travels for n in part])
+        dist.all_to_all_single(received, sent, nothing, sizes, group=group)
+    else:
+        incoming = [sizes[rank] if r == source else 0 for r in ranks]
+        dist.all_to_all_single(received, received.new_empty(0), incoming, nothing, group=group)
+    parts = received.split([images[n].numel() for n in travels[rank]])
+    for n, pixels in zip(travels[rank], parts, strict=True):
+        held[n] = pixels.view(images[n].shape)
+    return held
