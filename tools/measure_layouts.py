@@ -105,8 +105,9 @@ def main(argv: list[str]) -> int:
     if experts:
         print("\nMB of the decoder's MLPs per rank\n")
         print(mlp_table(reports, list(dict.fromkeys([*(choices[name].baseline for name in experts), *experts]))))
-    units = {"ratios": "fullest rank of a layout / of data parallelism alone, same model", "tables": "MB = 1e6 bytes"}
-    print("\n" + json.dumps({"bench": "measure_layouts", "ratios": ratios(reports, choices), "units": units}))
+    found = ratios(reports, choices)
+    units = dict.fromkeys(found, "bytes of the fullest rank / of data parallelism alone, same model")
+    print("\n" + json.dumps({"bench": "measure_layouts", "ratios": found, "units": units}))
     return 0
 
 

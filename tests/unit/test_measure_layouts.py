@@ -19,7 +19,7 @@ from layouts.choice import DEFAULT, check_layout, parse_choice  # noqa: E402
 from layouts.estimate import estimate  # noqa: E402
 from layouts.memory import ActivationMeter  # noqa: E402
 from layouts.program import measure  # noqa: E402
-from layouts.tables import STATE  # noqa: E402
+from layouts.tables import STATE, ratios  # noqa: E402
 from layouts.traffic import Traffic  # noqa: E402
 from layouts.traffic_formula import Load  # noqa: E402
 from layouts.workload import make_packs, small_config  # noqa: E402
@@ -171,6 +171,20 @@ def test_what_a_process_keeps_is_what_the_formulas_say():
     kept = 512 * 8 * memory_formula.activation_bytes_per_row(config.model, 1, False, None)
     assert kept < report.activations < 2 * kept
     assert sum(report.sent.values()) == 0
+
+
+def report(scale: int, sent: dict[str, int]) -> dict:
+    kinds = ("parameters", "gradients", "optimizer", "average", "mlp_parameters", "mlp_gradients", "activations")
+    return {**dict.fromkeys(kinds, scale), "sent": sent}
+
+
+def test_ratios_compare_the_fullest_ranks_and_leave_out_what_data_parallelism_does_not_send():
+    choices = {name: parse_choice(name) for name in ("dp", "tp=2")}
+    halves = [report(5, {"all-reduce": 4}), report(4, {})]
+    silent = {"dp": [report(10, {})] * 2, "tp=2": halves}
+    assert ratios(silent, choices) == {"tp=2: state": 0.5, "tp=2: mlp_state": 0.5, "tp=2: activations": 0.5}
+    sending = {"dp": [report(10, {"all-gather": 8})] * 2, "tp=2": halves}
+    assert ratios(sending, choices)["tp=2: sent"] == 0.5
 
 
 def test_estimate_lists_the_layouts_of_a_preset():

@@ -94,5 +94,6 @@ def ratios(reports: Reports, choices: dict[str, Choice]) -> dict[str, float]:
             ("activations", lambda rank: rank["activations"]),
             ("sent", lambda rank: sum(rank["sent"].values())),
         ):
-            values[f"{name}: {label}"] = round(max(map(of, ranks)) / max(map(of, base)), 4)
+            if (size := max(map(of, base))) > 0:  # one process sends nothing
+                values[f"{name}: {label}"] = round(max(map(of, ranks)) / size, 4)
     return values
