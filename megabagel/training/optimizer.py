@@ -47,7 +47,11 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, model_chunks, config_overrides={})
+    built = get_megatron_optimizer(config, model_chunks, config_overrides={})
+    for part in built.chained_optimizers[:-1]:
+        # experts have an optimizer of their own, and each would gather all parameters after its step
+        part.model_chunks = []
+    return built
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
