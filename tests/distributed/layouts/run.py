@@ -63,7 +63,7 @@ def tiny_config(options: dict[str, Any]) -> Config:
     config.data.max_num_tokens = 192
     config.optimizer.lr = 2e-3
     config.optimizer.lr_warmup_steps = 0
-    config.optimizer.adam_eps = 1e-8  # below the gradients, above their rounding
+    config.optimizer.adam_eps = 1e-6  # below the gradients, above their rounding, which smaller ones would amplify
     config.optimizer.ema_decay = None
     config.checkpoint.init_vae = str(AUTOENCODER)
     config.checkpoint.auto_resume = False
