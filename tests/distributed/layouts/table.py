@@ -104,7 +104,6 @@ TABLE: dict[str, Row] = {
     "CP2, dense": row(2, "dense", cp=2),
     "CP2, frozen ViT": row(2, "frozen ViT", cp=2),
     "CP2, bf16": row(2, bf16=True, cp=2),
-    "CP8, 2 kv heads": row(8, cp=8),
     "TP2 x CP2": row(4, tp=2, cp=2),
     "TP2+SP x CP2": row(4, tp=2, sp=True, cp=2),
     "TP2+SP x CP4, 1 kv head per TP rank": row(8, tp=2, sp=True, cp=4),
