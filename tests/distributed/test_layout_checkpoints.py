@@ -14,6 +14,7 @@ LAYOUTS = {
     "TP2+SP x EP4, one rank for und": row(4, tp=2, sp=True, ep=4, und=1),
     "PP2 x EP2, uneven stages": row(4, pp=2, ep=2, first=1),
     "frozen ViT, PP2 x CP2": row(4, "frozen ViT", pp=2, cp=2),
+    "sparse experts, TP2+SP x PP2 x EP2": row(4, "sparse", tp=2, sp=True, pp=2, ep=2),
 }
 CONTINUED_IN = {
     "CP2": row(1),
@@ -22,6 +23,7 @@ CONTINUED_IN = {
     "TP2+SP x EP4, one rank for und": row(1),
     "PP2 x EP2, uneven stages": row(2, ep=2),
     "frozen ViT, PP2 x CP2": row(2, "frozen ViT"),
+    "sparse experts, TP2+SP x PP2 x EP2": row(1, "sparse"),
 }
 
 

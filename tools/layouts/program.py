@@ -5,6 +5,7 @@ The model, the wrapping, the schedule, the optimizer and the encode phase are th
 
 import gc
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from layouts.choice import Choice, check_layout, parse_choice
 from layouts.memory import ActivationMeter, average_bytes, gradient_bytes, optimizer_bytes, parameter_bytes
@@ -97,7 +97,6 @@ def measure(choice: Choice, packs_per_step: int) -> RankReport:
         dict(encode_traffic.sent),
         seconds,
     )
-    parallel_state.destroy_model_parallel()
     return report
 
 
@@ -107,14 +106,18 @@ def run(names: list[str], packs_per_step: int, result: Path) -> None:
     torch.set_num_threads(1)
     with failure.guard(ValueError):
         reports = {}
-        for name in names:
+        rank = int(os.environ.get("RANK", 0))
+        for number, name in enumerate(names):
+            # every layout has groups of its own: those of all layouts together would be thousands of threads
+            store = dist.FileStore(str(result.with_name(f"store{number}")), world_size())
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size())
             own = asdict(measure(parse_choice(name), packs_per_step))
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, own)
             reports[name] = gathered
+            destroy()
             gc.collect()
-            if dist.get_rank() == 0:
+            if rank == 0:
                 print(f"{name}: {own['seconds']:.1f} s a step", flush=True)
-        if dist.get_rank() == 0:
+        if rank == 0:
             result.write_text(json.dumps(reports))
-        destroy()
