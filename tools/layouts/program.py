@@ -115,8 +115,9 @@ def run(names: list[str], packs_per_step: int, result: Path) -> None:
             gathered = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, own)
             reports[name] = gathered
+            gc.collect()  # modules and buffers hold the groups
+            dist.barrier()
             destroy()
-            gc.collect()
             if rank == 0:
                 print(f"{name}: {own['seconds']:.1f} s a step", flush=True)
         if rank == 0:

@@ -35,12 +35,10 @@ def traffic(config: Config, processes: int, load: Load) -> dict[str, float]:
         layers = sum(per_stage[rank :: sizes.pp])
         for holder, groups in enumerate(kinds):
             sent: Counter[str] = Counter()
-            # without overlap each of megatron-core's optimizers (dense, experts) gathers the parameters of both
-            gathers = 1 if config.parallel.overlap_param_gather else len(groups)
             for group in groups:
                 share = (group.ranks - 1) / group.ranks
                 sent["reduce-scatter"] += GRADIENT * group.parameters * share
-                sent["all-gather"] += BF16 * group.parameters * share * gathers
+                sent["all-gather"] += BF16 * group.parameters * share
             for part in (
                 _tensor(config, sizes, rank, layers, load),
                 _context(config, sizes, layers, load),
