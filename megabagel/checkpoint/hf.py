@@ -41,8 +41,7 @@ def open_source(config: Config) -> AnySource:
         source = Pretrained(llm, vit, scratch)
     else:
         return scratch
-    is_sparse = model.und_num_experts is not None or model.gen_num_experts is not None
-    return Upcycled(source, scratch) if is_sparse else source
+    return Upcycled(source, scratch) if model.has_sparse_experts else source
 
 
 def stage_rules(stage: Bagel) -> dict[str, Rule]:

@@ -60,6 +60,11 @@ class ModelConfig:
     moe_ffn_hidden_size: int | None = None  # of each sparse expert; null: ffn_hidden_size
     moe_shared_expert_intermediate_size: int | None = None  # width of an expert that every token passes; null: none
 
+    @property
+    def has_sparse_experts(self) -> bool:
+        """Whether a stream's MLP is made of experts that a router chooses from."""
+        return self.und_num_experts is not None or self.gen_num_experts is not None
+
 
 @dataclass
 class ParallelConfig:

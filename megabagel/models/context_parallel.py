@@ -11,14 +11,14 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 
-def copied_kv_heads(heads: int, kv_heads: int, ranks: int) -> list[int]:
-    """Key head of every block of query heads, rank after rank; equally many blocks for each rank.
+def copied_kv_heads(heads: int, kv_heads: int, ranks: int, device: torch.device) -> Tensor:
+    """Key head of every block of query heads, rank after rank, int64; equally many blocks for each rank.
 
     A block is the largest number of query heads that spans neither two ranks nor two key heads.
     """
     per_rank, per_kv_head = heads // ranks, heads // kv_heads
     block = gcd(per_rank, per_kv_head)
-    return [first // per_kv_head for first in range(0, heads, block)]
+    return torch.arange(0, heads, block, device=device) // per_kv_head
 
 
 def rows_to_heads(q: Tensor, k: Tensor, v: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ def rows_to_heads(q: Tensor, k: Tensor, v: Tensor, group: torch.distributed.Proc
     if ranks == 1:
         return q, k, v
     rows, heads, d = q.shape
-    copies = torch.tensor(copied_kv_heads(heads, k.shape[1], ranks), device=k.device)
+    copies = copied_kv_heads(heads, k.shape[1], ranks, k.device)
     parts = [q, k.index_select(1, copies), v.index_select(1, copies)]
     parts = [part.view(rows, ranks, -1, d) for part in parts]
     sizes = [part.shape[2] for part in parts]

@@ -21,13 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-def expert_config(config: TransformerConfig, ranks: int, experts: int, topk: int) -> TransformerConfig:
-    """The layer's configuration as its `experts`, each whole on one of `ranks` expert-parallel ranks, see it."""
+def expert_config(config: TransformerConfig, ranks: int) -> TransformerConfig:
+    """The layer's configuration as its MLPs see it: one on each of `ranks` ranks, whole, and each row passes one."""
     changed = copy.copy(config)
-    changed.num_moe_experts = experts
-    changed.expert_model_parallel_size = ranks
-    changed.expert_tensor_parallel_size = 1
-    changed.moe_router_topk = topk
+    changed.num_moe_experts = changed.expert_model_parallel_size = ranks
+    changed.expert_tensor_parallel_size = changed.moe_router_topk = 1
     changed.moe_token_dispatcher_type = "alltoall"
     return changed
 
@@ -41,9 +39,8 @@ class WholeMLP(MLP):
         submodules: MLPSubmodules,
         pg_collection: ProcessGroupCollection,
     ):
-        ranks = pg_collection.ep.size()
         super().__init__(
-            expert_config(config, ranks, ranks, topk=1),
+            expert_config(config, pg_collection.ep.size()),
             submodules,
             is_expert=True,
             ffn_hidden_size=config.ffn_hidden_size,
@@ -70,9 +67,7 @@ class ModalityExchange:
         self.scatters = groups.tp.size() > 1 and not config.sequence_parallel
         self.ranks, self.und_ranks = groups.ep.size(), und_ranks
         self.holds_und = groups.ep.rank() < und_ranks
-        self.dispatcher = MoEAlltoAllTokenDispatcher(
-            1, [groups.ep.rank()], expert_config(config, self.ranks, self.ranks, topk=1), groups
-        )
+        self.dispatcher = MoEAlltoAllTokenDispatcher(1, [groups.ep.rank()], expert_config(config, self.ranks), groups)
 
     def __call__(self, und: Tensor, gen: Tensor, mlp: Callable[[Tensor], tuple]) -> tuple[Tensor, Tensor]:
         """Normalised und and gen rows of this rank, each [rows, 1, hidden] -> the MLPs' results, same shapes.
@@ -82,7 +77,7 @@ class ModalityExchange:
         streams = [und, gen]
         if self.scatters:
             streams = [scatter_to_sequence_parallel_region(s, group=self.tp_group) for s in streams]
-        holders = self._holders(*(len(s) for s in streams)).to(und.device)
+        holders = self._holders(*(len(s) for s in streams), und.device)
         sent = holders[:, None] == torch.arange(self.ranks, device=und.device)  # [rows, ranks], one True in each row
         dispatcher = self.dispatcher
         rows, probs = dispatcher.dispatch_preprocess(torch.cat(streams), sent, sent.float())
@@ -99,11 +94,8 @@ class ModalityExchange:
             ]
         return tuple(results)
 
-    def _holders(self, und: int, gen: int) -> Tensor:
+    def _holders(self, und: int, gen: int, device: torch.device) -> Tensor:
         """Expert-parallel rank that each row goes to, int64 [und + gen]."""
-        return torch.cat(
-            [
-                torch.arange(und) % self.und_ranks,
-                self.und_ranks + torch.arange(gen) % (self.ranks - self.und_ranks),
-            ]
-        )
+        gen_ranks = self.ranks - self.und_ranks
+        of_und = torch.arange(und, device=device) % self.und_ranks
+        return torch.cat([of_und, self.und_ranks + torch.arange(gen, device=device) % gen_ranks])

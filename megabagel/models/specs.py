@@ -21,15 +21,9 @@ SHARED_PARTS: dict[str, frozenset[str]] = {
 }
 
 
-def mlps_live_apart(model: ModelConfig, parallel: ParallelConfig) -> bool:
-    """Whether und's and gen's MLPs are on different expert-parallel ranks (modality experts)."""
-    sparse = model.und_num_experts is not None or model.gen_num_experts is not None
-    return parallel.expert_model_parallel_size > 1 and not sparse
-
-
 def und_expert_ranks(model: ModelConfig, parallel: ParallelConfig) -> int | None:
-    """How many of the expert-parallel ranks hold und's MLPs; None without modality experts."""
-    if not mlps_live_apart(model, parallel):
+    """How many of the expert-parallel ranks hold und's MLPs; None without modality experts: no stream's are apart."""
+    if parallel.expert_model_parallel_size == 1 or model.has_sparse_experts:
         return None
     return parallel.und_expert_ranks or parallel.expert_model_parallel_size // 2
 

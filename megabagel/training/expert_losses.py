@@ -35,7 +35,7 @@ def take_expert_losses(
     stages: Iterable[nn.Module], model: ModelConfig, packs: int, device: torch.device
 ) -> ExpertLosses:
     """The losses measured in the `packs` packs since the last call, equal on all ranks; every rank must call it."""
-    if model.und_num_experts is None and model.gen_num_experts is None:
+    if not model.has_sparse_experts:
         return ExpertLosses(None, None)
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for stage in stages:

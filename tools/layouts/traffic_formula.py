@@ -110,7 +110,7 @@ def _pipeline(config: Config, sizes: Sizes, rank: int, load: Load) -> dict[str, 
 
 def _modality(config: Config, sizes: Sizes, layers: int, holder: int, load: Load) -> dict[str, float]:
     """Per pack: rows to the ranks that hold their stream's MLP and back, both ways again backward."""
-    if sizes.ep == 1 or config.model.und_num_experts is not None or config.model.gen_num_experts is not None:
+    if sizes.ep == 1 or config.model.has_sparse_experts:
         return {}
     und_ranks = config.parallel.und_expert_ranks or sizes.ep // 2
     holders = (und_ranks, sizes.ep - und_ranks)
