@@ -13,7 +13,7 @@ from torch import Tensor
 from megabagel.models.rotary import rotary_table
 from megabagel.models.split_attention import AttentionPlan, plan_attention
 from megabagel.packing.chunk import Chunk
-from megabagel.packing.plan import CAUSAL, PackPlan
+from megabagel.packing.plan import PackPlan
 
 
 @dataclass
@@ -32,19 +32,12 @@ class Routing(PackedSeqParams):
 
 
 def _problems(plan: PackPlan, row_of: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """One problem per split; neighbouring texts of a sample become one, which attends to exactly the same tokens."""
-    cu_q, cu_kv = plan.cu_seqlens_q.tolist(), plan.cu_seqlens_kv.tolist()
-    modes = plan.split_modes.tolist()
-    sample_starts = set(torch.cumsum(plan.sample_lens, 0).tolist())
-    kv_rows = row_of[plan.kv_index]
-    problems, first = [], 0
-    for split, mode in enumerate(modes):
-        end = cu_q[split + 1]
-        joins_next = split + 1 < len(modes) and mode == modes[split + 1] == CAUSAL and end not in sample_starts
-        if not joins_next:
-            problems.append((row_of[cu_q[first] : end], kv_rows[cu_kv[split] : cu_kv[split + 1]], mode == CAUSAL))
-            first = split + 1
-    return problems
+    """(query rows, key rows, causal) of each problem of the plan."""
+    rows = row_of[plan.attention_index]
+    return [
+        (rows[q : q + n], torch.cat([rows[prefix : prefix + m], rows[q : q + n]]), bool(causal))
+        for q, n, prefix, m, causal in plan.problems.tolist()
+    ]
 
 
 def route(

@@ -5,10 +5,13 @@ It is the only thing that data and models share. Built by `planner.py`; this fil
 Vocabulary: the *sequence* is the packed order of the samples, length L, as in BAGEL. The *und stream* (text and ViT
 tokens) and the *gen stream* (VAE latent tokens) hold the same tokens split by modality, each in sequence order, each
 padded at its end to `und_length` / `gen_length` with at least one padding row. A *stream row* counts inside one stream.
-A *split* is one attention problem (a text, an image).
+A *split* (a text, an image) sees what is not noised before it in its sample, then itself. The *attention order* puts all
+positions that later splits may see first, and the noised ones behind them: there, what a split sees before itself is one
+run of rows, and so are its own.
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 @dataclass
 class PackPlan:
     """All tensors int64 on the same device unless stated; row counts: L sequence, U und, G gen, Nt text, Nv ViT tokens,
-    Nc cross-entropy rows, Nm MSE rows, S splits, I VAE images, K total kv entries."""
+    Nc cross-entropy rows, Nm MSE rows, S splits, P attention problems, I VAE images. Memory grows linearly with L."""
 
     und_length: int  # padded length of the und stream, > U
     gen_length: int  # padded length of the gen stream, > G
@@ -44,9 +47,8 @@ class PackPlan:
     sample_lens: Tensor  # [number of samples] tokens, sum = L
     split_lens: Tensor  # [S] tokens, sum = L
     split_modes: Tensor  # [S] 0 causal, 1 full, 2 noise
-    cu_seqlens_q: Tensor  # [S+1] int32; queries of split s are sequence positions cu_seqlens_q[s]:cu_seqlens_q[s+1]
-    cu_seqlens_kv: Tensor  # [S+1] int32
-    kv_index: Tensor  # [K] sequence positions of the keys: visible prefix of split s, then its own tokens
+    attention_index: Tensor  # [L] sequence position of each row in attention order
+    problems: Tensor  # [P, 5] rows in attention order, see `Problem`; neighbouring texts of a sample are one problem
 
     @property
     def sequence_length(self) -> int:
@@ -59,3 +61,14 @@ class PackPlan:
 
 
 CAUSAL, FULL, NOISE = 0, 1, 2
+
+
+class Problem(NamedTuple):
+    """A row of `PackPlan.problems`: queries are rows start .. start + length, keys are rows prefix_start ..
+    prefix_start + prefix_length, then the queries' own rows. A causal problem is aligned at the lower right."""
+
+    start: int
+    length: int
+    prefix_start: int
+    prefix_length: int
+    causal: int  # 0 or 1

@@ -1,6 +1,6 @@
 """Splits of several samples become one PackPlan: every index, label, weight and segment of a packed sequence.
 
-Vectorised numpy, O(tokens + kv entries). It never sees pixels and decides nothing: order and dropout are settled.
+Vectorised numpy, O(tokens). It never sees pixels and decides nothing: order and dropout are settled.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megabagel.packing.geometry import Geometry, SpecialTokens, grid_position_ids
-from megabagel.packing.plan import NOISE, PackPlan
+from megabagel.packing.plan import CAUSAL, NOISE, PackPlan
 from megabagel.packing.splits import TEXT, VAE, VIT, Piece, PlannedSample
 
 __all__ = ["Geometry", "PlannedSample", "SpecialTokens", "build_plan", "fixed_length"]
@@ -84,7 +84,7 @@ def build_plan(
     split_starts = starts[starts_split]
     split_modes = np.array([p.mode for p in pieces])[starts_split]
     sample_lens = np.array([sample.num_tokens for sample in samples])
-    cu_q, cu_kv, kv_index = _attention(split_starts, split_modes, sample_lens, length)
+    attention_index, problems = attention_problems(split_starts, split_modes, sample_lens, length)
 
     def long(values) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
@@ -109,11 +109,10 @@ def build_plan(
         ce_weights=torch.from_numpy(weight[ce_positions]),
         mse_rows=long(row[in_gen & loss[piece_of]]),
         sample_lens=long(sample_lens),
-        split_lens=long(np.diff(cu_q)),
+        split_lens=long(np.diff(split_starts, append=length)),
         split_modes=long(split_modes),
-        cu_seqlens_q=torch.from_numpy(cu_q.astype(np.int32)),
-        cu_seqlens_kv=torch.from_numpy(cu_kv.astype(np.int32)),
-        kv_index=long(kv_index),
+        attention_index=long(attention_index),
+        problems=long(problems),
     )
 
 
@@ -135,28 +134,34 @@ def _stream_lengths(num_und: int, num_gen: int, tile: int, total_length: int | N
     return total_length - gen_length, gen_length
 
 
-def _attention(
+def attention_problems(
     split_starts: np.ndarray, split_modes: np.ndarray, sample_lens: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """cu_seqlens_q [S+1], cu_seqlens_kv [S+1] and kv_index [K].
+) -> tuple[np.ndarray, np.ndarray]:
+    """attention_index [L] and problems [P, 5] of a PackPlan.
 
-    The keys of a split are the not noised positions of its sample before it, then its own tokens.
+    Neighbouring causal splits of a sample become one problem: each sees exactly what comes before it, as one text would.
     """
-    cu_q = np.append(split_starts, length)
-    split_lens = np.diff(cu_q)
-    shared = np.flatnonzero(np.repeat(split_modes != NOISE, split_lens))  # positions that later splits may see
-    shared_before = np.searchsorted(shared, cu_q)  # how many of them lie before each split
+    noised = np.repeat(split_modes == NOISE, np.diff(split_starts, append=length))
+    attention_index = np.concatenate([np.flatnonzero(~noised), np.flatnonzero(noised)])
+    row_of = np.empty(length, dtype=np.int64)
+    row_of[attention_index] = np.arange(length)
+    shared_before = np.concatenate([[0], np.cumsum(~noised)])  # per sequence position
+
     sample_starts = np.cumsum(sample_lens) - sample_lens
     sample_of = np.searchsorted(sample_starts, split_starts, side="right") - 1
-    prefix_from = shared_before[np.searchsorted(split_starts, sample_starts)][sample_of]
-    prefix_lens = shared_before[:-1] - prefix_from
-    cu_kv = np.concatenate([[0], np.cumsum(prefix_lens + split_lens)])
-    kv_index = np.empty(cu_kv[-1], dtype=np.int64)
-    for s, out in enumerate(cu_kv[:-1]):
-        own = out + prefix_lens[s]
-        kv_index[out:own] = shared[prefix_from[s] : shared_before[s]]
-        kv_index[own : own + split_lens[s]] = np.arange(cu_q[s], cu_q[s + 1])
-    return cu_q, cu_kv, kv_index
+    causal = split_modes == CAUSAL
+    continues = np.zeros(len(split_starts), dtype=bool)
+    continues[1:] = causal[1:] & causal[:-1] & (sample_of[1:] == sample_of[:-1])
+    starts, sample_of, causal = split_starts[~continues], sample_of[~continues], causal[~continues]
+    prefix_start = shared_before[sample_starts[sample_of]]
+    problems = [
+        row_of[starts],
+        np.diff(starts, append=length),
+        prefix_start,
+        shared_before[starts] - prefix_start,
+        causal,
+    ]
+    return attention_index, np.stack([column.astype(np.int64) for column in problems], axis=1)
 
 
 def _position_ids(pieces: Sequence[Piece], table_side: int, interpolate: bool) -> np.ndarray:

@@ -7,7 +7,7 @@ activations, the frozen autoencoder's encoding, recomputation.
 import torch
 
 from megabagel.config.schema import ModelConfig
-from megabagel.packing.plan import CAUSAL, PackPlan
+from megabagel.packing.plan import PackPlan
 
 # Dense bf16 TFLOP/s, from the vendors' data sheets; the first name that the device's contains wins.
 _PEAK_BF16 = {
@@ -76,14 +76,13 @@ def _linear_per_token(model: ModelConfig, experts: int | None) -> int:
 
 
 def _attention_pairs(plan: PackPlan) -> tuple[int, int]:
-    """Visible (query, key) pairs of one layer, for splits of the und stream and for those with VAE tokens."""
-    queries = plan.cu_seqlens_q.long().diff()
-    keys = plan.cu_seqlens_kv.long().diff()
-    pairs = queries * keys
-    hidden_by_causality = queries * (queries - 1) // 2
-    pairs = torch.where(plan.split_modes == CAUSAL, pairs - hidden_by_causality, pairs)
-    is_gen = torch.zeros(queries.numel(), dtype=torch.bool, device=pairs.device)
-    is_gen[torch.searchsorted(plan.cu_seqlens_q.long(), plan.gen_index, right=True) - 1] = True
+    """Visible (query, key) pairs of one layer, for problems of the und stream and for those with VAE tokens."""
+    start, queries, _, prefix, causal = plan.problems.unbind(dim=1)
+    pairs = queries * (prefix + queries) - causal * (queries * (queries - 1) // 2)
+    gen = torch.zeros(plan.sequence_length + 1, dtype=torch.int64, device=pairs.device)
+    gen[1:][plan.gen_index] = 1
+    gen[1:] = gen[1:][plan.attention_index].cumsum(0)  # VAE tokens among the first rows in attention order
+    is_gen = gen[start + queries] > gen[start]
     return int(pairs[~is_gen].sum()), int(pairs[is_gen].sum())
 
 

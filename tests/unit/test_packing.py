@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from megabagel.config.schema import ModelConfig
 from megabagel.packing.geometry import Geometry, SpecialTokens, geometry_of, grid_position_ids
-from megabagel.packing.plan import CAUSAL, NOISE, PackPlan
+from megabagel.packing.plan import CAUSAL, NOISE, PackPlan, Problem
 from megabagel.packing.planner import build_plan, fixed_length
 from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import draw_dropout, plan_sample
@@ -27,22 +27,23 @@ GEOMETRY = Geometry(16, max_latent_size=8, vit_patch_size=14, vit_max_num_patch_
 
 
 def mask_from_plan(plan: PackPlan, sample: int) -> torch.Tensor:
-    """Dense attention mask of one sample, bool [len, len], from the plan's kv tables alone."""
+    """Dense attention mask of one sample, bool [len, len], from the plan's attention problems alone."""
     ends = plan.sample_lens.cumsum(0)
     end = int(ends[sample])
     start = end - int(plan.sample_lens[sample])
     mask = torch.zeros(end - start, end - start, dtype=torch.bool)
-    for s in range(plan.split_lens.numel()):
-        q0, q1 = plan.cu_seqlens_q[s : s + 2].tolist()
-        if not start <= q0 < end:
+    order = plan.attention_index
+    for problem in plan.problems.tolist():
+        p = Problem(*problem)
+        queries = order[p.start : p.start + p.length]
+        if not start <= int(queries[0]) < end:
             continue
-        kv = plan.kv_index[plan.cu_seqlens_kv[s] : plan.cu_seqlens_kv[s + 1]]
-        queries, keys = q1 - q0, kv.numel()
-        allowed = torch.ones(queries, keys, dtype=torch.bool)
-        if plan.split_modes[s] == CAUSAL:
-            allowed = allowed.tril(keys - queries)
-        assert not mask[q0 - start : q1 - start].any()
-        mask[q0 - start : q1 - start, kv - start] = allowed
+        keys = torch.cat([order[p.prefix_start : p.prefix_start + p.prefix_length], queries])
+        allowed = torch.ones(p.length, keys.numel(), dtype=torch.bool)
+        if p.causal:
+            allowed = allowed.tril(p.prefix_length)
+        assert not mask[queries - start].any()
+        mask[(queries - start)[:, None], (keys - start)[None]] = allowed
     return mask
 
 
@@ -189,7 +190,7 @@ def test_any_pack_is_covered_padded_and_visible_as_the_rule_says(samples, tile, 
     if fixed:
         assert plan.und_length + plan.gen_length == total
     assert plan.split_lens.sum() == plan.sample_lens.sum() == tokens
-    assert plan.cu_seqlens_q[-1] == tokens and plan.cu_seqlens_kv[-1] == plan.kv_index.numel()
+    assert plan.attention_index.sort().values.tolist() == list(range(tokens)) and plan.problems[:, 1].sum() == tokens
     assert plan.latent_grids.prod(1).sum() == plan.latent_position_ids.numel() == plan.gen_index.numel()
     assert plan.vit_seqlens.sum() == plan.vit_rows.numel() == plan.vit_position_ids.numel()
     assert plan.mse_rows.tolist() == torch.isfinite(plan.timesteps).nonzero().flatten().tolist()
@@ -216,8 +217,8 @@ def test_missing_categories_are_empty_tensors(description):
     assert plan.vit_seqlens.numel() == ("vit_image" in kinds)
     assert plan.ce_rows.numel() == sum(d[1] + 1 for d in description if d[0] == "text" and d[2])
     assert plan.timesteps.dtype == plan.ce_weights.dtype == torch.float32
-    assert plan.kv_index.dtype == plan.mse_rows.dtype == plan.ce_labels.dtype == torch.int64
-    assert plan.cu_seqlens_q.dtype == plan.cu_seqlens_kv.dtype == torch.int32
+    assert plan.problems.dtype == plan.attention_index.dtype == torch.int64
+    assert plan.mse_rows.dtype == plan.ce_labels.dtype == torch.int64
 
 
 def test_frames_of_a_clip_share_split_timestep_and_advance_by_frame_delta():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megabagel.packing.plan import CAUSAL, FULL, NOISE, PackPlan
+from megabagel.packing.planner import attention_problems
 from parity.case import Case
 
 _MODES = {"causal": CAUSAL, "full": FULL, "noise": NOISE}
@@ -89,7 +90,8 @@ def make_share(case: Case, samples: list[int], tile: int) -> Share:
     lens = split_lens[splits]
     modes = torch.tensor([_MODES[m] for m in meta["attn_modes"]])[splits]
     kept_samples = sample_lens[samples]
-    kv = _keys(kept_samples.tolist(), lens.tolist(), modes.tolist())
+    starts = lens.cumsum(0) - lens
+    attention_index, problems = attention_problems(starts.numpy(), modes.numpy(), kept_samples.numpy(), len(positions))
 
     def pick(name: str, kept: Tensor) -> Tensor:
         return batch[name][kept] if len(kept) else torch.empty(0, dtype=torch.int64)
@@ -117,15 +119,10 @@ def make_share(case: Case, samples: list[int], tile: int) -> Share:
         sample_lens=kept_samples,
         split_lens=lens,
         split_modes=modes,
-        cu_seqlens_q=_cumulative(lens.tolist()),
-        cu_seqlens_kv=_cumulative([len(k) for k in kv]),
-        kv_index=torch.cat(kv),
+        attention_index=torch.from_numpy(attention_index),
+        problems=torch.from_numpy(problems),
     )
     return Share(plan, positions, text, vit, latent, ce, mse)
-
-
-def _cumulative(lens: list[int]) -> Tensor:
-    return torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
 
 
 def _kept_numbers(sizes: Tensor, kept: Tensor) -> Tensor:
@@ -136,20 +133,3 @@ def _kept_numbers(sizes: Tensor, kept: Tensor) -> Tensor:
 
 def _kept_groups(sizes: Tensor, kept: Tensor) -> Tensor:
     return sizes[_kept_numbers(sizes, kept)]
-
-
-def _keys(sample_lens: list[int], split_lens: list[int], modes: list[int]) -> list[Tensor]:
-    """Key positions of each split: what is not noised before it in its sample, then its own tokens."""
-    keys, start, visible, sample = [], 0, [], 0
-    sample_end = sample_lens[0]
-    for length, mode in zip(split_lens, modes, strict=True):
-        if start == sample_end:
-            sample += 1
-            sample_end += sample_lens[sample]
-            visible = []
-        own = torch.arange(start, start + length)
-        keys.append(torch.cat([*visible, own]))
-        if mode != NOISE:
-            visible.append(own)
-        start += length
-    return keys
