@@ -5,9 +5,9 @@ It is the only thing that data and models share. Built by `planner.py`; this fil
 Vocabulary: the *sequence* is the packed order of the samples, length L, as in BAGEL. The *und stream* (text and ViT
 tokens) and the *gen stream* (VAE latent tokens) hold the same tokens split by modality, each in sequence order, each
 padded at its end to `und_length` / `gen_length` with at least one padding row. A *stream row* counts inside one stream.
-A *split* (a text, an image) sees what is not noised before it in its sample, then itself. The *attention order* puts all
-positions that later splits may see first, and the noised ones behind them: there, what a split sees before itself is one
-run of rows, and so are its own.
+A *split* (a text, an image) sees what is not noised before it in its sample, then itself. The *attention order* puts
+all positions that later splits may see first and the noised ones behind them: there, what a split sees before itself is
+one run of rows, and so are its own.
 """
 
 from dataclasses import dataclass, fields

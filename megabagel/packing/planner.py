@@ -139,7 +139,7 @@ def attention_problems(
 ) -> tuple[np.ndarray, np.ndarray]:
     """attention_index [L] and problems [P, 5] of a PackPlan.
 
-    Neighbouring causal splits of a sample become one problem: each sees exactly what comes before it, as one text would.
+    Neighbouring causal splits of a sample become one problem: they see what one text would.
     """
     noised = np.repeat(split_modes == NOISE, np.diff(split_starts, append=length))
     attention_index = np.concatenate([np.flatnonzero(~noised), np.flatnonzero(noised)])
