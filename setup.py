@@ -1,12 +1,28 @@
 """Packaging of megabagel. Install torch first, then `pip install --no-build-isolation -e .`: see pyproject.toml."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megabagel" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+
+class BuildOps(build_ext):
+    """Builds csrc/ with its own ninja file. Without a C++ compiler the project works too, on slower Python code."""
+
+    def run(self) -> None:
+        out = ROOT / "megabagel" / "ops" if self.inplace else Path(self.build_lib).resolve() / "megabagel" / "ops"
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            runpy.run_path(str(ROOT / "csrc" / "build.py"))["build"](out)
+        except RuntimeError as error:
+            print(f"megabagel's C++ operators are not built: {error}", file=sys.stderr)
+
 
 setup(
     name="megabagel",
@@ -14,6 +30,9 @@ setup(
     description="Tensor-, pipeline- and data-parallel training of unified multimodal models of the BAGEL family",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    # a name only: what is built, and how, is decided in csrc/build.py
+    ext_modules=[Extension("megabagel.ops._planner", sources=[])],
+    cmdclass={"build_ext": BuildOps},
     python_requires=">=3.10",
     packages=find_packages(include=["megabagel", "megabagel.*"]),
     package_data={"megabagel": ["config/presets/*.yaml"]},

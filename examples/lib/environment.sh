@@ -20,11 +20,12 @@ prepare_environment() {
     local extra="${1:-}" prefix stamp
     choose_python
     prefix="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
-    # Installed again only when setup.py, the place of this repository or the extra changes.
+    # Installed again only when setup.py, csrc/, the place of this repository or the extra changes.
     stamp="$prefix/.megabagel-$("$PYTHON" - "$REPOSITORY" "$extra" <<'PY'
-import hashlib, sys
+import hashlib, pathlib, sys
 repository, extra = sys.argv[1:]
-content = open(f"{repository}/setup.py", "rb").read()
+sources = [path for path in sorted(pathlib.Path(repository, "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")]
+content = b"".join(path.read_bytes() for path in [pathlib.Path(repository, "setup.py"), *sources])
 print(hashlib.sha256(content + repository.encode() + extra.encode()).hexdigest()[:16])
 PY
 )"

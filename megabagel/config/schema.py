@@ -95,6 +95,7 @@ class DataConfig:
     max_num_tokens_per_sample: int = 16384
     prefer_buffer_before: int = 16384  # below this fill, waiting over-long samples are tried first
     max_buffer_size: int = 50  # over-long samples that wait for the next pack
+    packing: Literal["greedy", "best_fit"] = "greedy"  # of waiting samples, the oldest that fits or the largest
     text_cond_dropout_prob: float = 0.1  # a condition is left out this often, for guidance
     vit_cond_dropout_prob: float = 0.3  # the same for ViT pictures
     vae_cond_dropout_prob: float = 0.3  # the same for clean VAE pictures
@@ -141,6 +142,22 @@ class TrainingConfig:
 
 
 @dataclass
+class KernelConfig:
+    """Which kernels compute the layers, and in what precision their matrices are multiplied."""
+
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"  # auto: Transformer Engine where it works
+    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = (
+        "auto"  # auto: varlen on GPUs that have it, else sdpa
+    )
+    cross_entropy_chunk_rows: int = 2048  # loss rows whose logits are in memory at once
+    fp8: Literal["hybrid", "e4m3"] | None = None  # number format of matrix products; hybrid: e5m2 gradients; null: none
+    fp8_recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "current"  # how scales are chosen
+    fp8_param_gather: bool = False  # parameters are kept, and gathered over data-parallel ranks, in FP8
+    num_layers_at_start_in_bf16: int = 0  # first layers that stay out of FP8
+    num_layers_at_end_in_bf16: int = 0  # last layers that stay out of FP8
+
+
+@dataclass
 class CheckpointConfig:
     """Where the run starts from and what it writes."""
 
@@ -173,5 +190,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
