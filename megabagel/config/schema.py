@@ -147,7 +147,7 @@ class KernelConfig:
 
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"  # auto: Transformer Engine where it works
     attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = (
-        "auto"  # auto: varlen on GPUs that have it, else sdpa
+        "auto"  # auto: varlen on a GPU, else sdpa
     )
     cross_entropy_chunk_rows: int = 2048  # loss rows whose logits are in memory at once
     fp8: Literal["hybrid", "e4m3"] | None = None  # number format of matrix products; hybrid: e5m2 gradients; null: none
