@@ -146,9 +146,7 @@ class KernelConfig:
     """Which kernels compute the layers, and in what precision their matrices are multiplied."""
 
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"  # auto: Transformer Engine where it works
-    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = (
-        "auto"  # auto: varlen on a GPU, else sdpa
-    )
+    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"  # auto: varlen on a GPU, else sdpa
     cross_entropy_chunk_rows: int = 2048  # loss rows whose logits are in memory at once
     fp8: Literal["hybrid", "e4m3"] | None = None  # number format of matrix products; hybrid: e5m2 gradients; null: none
     fp8_recipe: Literal["delayed", "current", "blockwise", "mxfp8"] = "current"  # how scales are chosen

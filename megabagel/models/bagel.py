@@ -14,7 +14,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megabagel.config.schema import ModelConfig, ParallelConfig
+from megabagel.config.schema import Config
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
 from megabagel.models.heads import OutputHeads, RowLosses
 from megabagel.models.routing import route
@@ -35,14 +35,13 @@ class Bagel(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        model: ModelConfig,
-        parallel: ParallelConfig,
+        run: Config,
         groups: ProcessGroupCollection,
         vp_stage: int | None = None,
-        recompute_vit: bool = False,
     ):
         super().__init__(config)
-        self.model_config = model
+        model = self.model_config = run.model
+        self.kernels = run.kernels
         self.vp_stage = vp_stage  # read by the pipeline schedules
         self.cp_rank, self.cp_size = groups.cp.rank(), groups.cp.size()
         position = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -53,7 +52,7 @@ class Bagel(MegatronModule):
         self.tp_cp_group, self.tp_size = groups.tp_cp, groups.tp.size()
         self.vision = None
         if model.visual_und and (pre_process or (is_frozen(model) and not vp_stage)):
-            self.vision = VisionTower(model.vit, config.params_dtype, recompute_vit)
+            self.vision = VisionTower(model.vit, config.params_dtype, run.training.recompute_vit)
             if not is_frozen(model):
                 mark_partial(self.vision)
         if pre_process:
@@ -61,7 +60,7 @@ class Bagel(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, parallel, groups.ep.rank(), layers),
+            block_spec(model, run.parallel, groups.ep.rank(), layers),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,
@@ -90,7 +89,14 @@ class Bagel(MegatronModule):
         device = torch.device(next(self.parameters()).device)
         chunk = chunk_of(plan, self.cp_rank, self.cp_size)
         routing = route(
-            plan, chunk, self.cp_rank, self.cp_size, config.kv_channels, self.model_config.rotary_base, device
+            plan,
+            chunk,
+            self.cp_rank,
+            self.cp_size,
+            config.kv_channels,
+            self.model_config.rotary_base,
+            self.kernels.attention_backend,
+            device,
         )
         hidden = None
         if self.pre_process:

@@ -114,7 +114,7 @@ def build_stages(config: Config, device: torch.device) -> list[Bagel]:
     stages = []
     for vp_stage in [None] if virtual is None else range(virtual):
         with torch.device(device):
-            stage = Bagel(settings, config.model, config.parallel, groups, vp_stage, config.training.recompute_vit)
+            stage = Bagel(settings, config, groups, vp_stage)
         # tables are computed, on whatever device was current; parameters are already where they belong
         stage.to(device)
         freeze(stage, config.model)

@@ -16,8 +16,8 @@ from megabagel.models.context_parallel import heads_to_rows, rows_to_heads
 from megabagel.models.modality_experts import ModalityExchange
 from megabagel.models.recompute import Recompute
 from megabagel.models.routing import Routing
-from megabagel.models.split_attention import split_attention
 from megabagel.models.stream import Stream, StreamSubmodules
+from megabagel.ops.kv_gather import HeadNorms, kv_gather
 
 
 @dataclass
@@ -76,13 +76,23 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
 
     def _attention(self, und: Tensor, gen: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Joint attention of both streams: [rows, 1, hidden] each -> [rows of the chunk, heads, d] each."""
-        lengths = routing.stream_lengths
-        cos, sin = (t.split(lengths) for t in routing.rotary)
-        und_qkv = self.und.qkv(und, (cos[0], sin[0]))
-        gen_qkv = self.gen.qkv(gen, (cos[1], sin[1]))
-        qkv = rows_to_heads(*(torch.cat(pair) for pair in zip(und_qkv, gen_qkv, strict=True)), self.cp_group)
-        context = self.recompute.run("core_attn", lambda q, k, v: split_attention(q, k, v, routing.attention), *qkv)
-        return heads_to_rows(context, self.cp_group).split(lengths)
+        place, config = routing.placement, self.config
+        qkv = kv_gather(
+            self.und.qkv(und),
+            self.gen.qkv(gen),
+            HeadNorms(*self.und.head_norms(), *self.gen.head_norms()),
+            place.cos,
+            place.sin,
+            place.order,
+            place.inverse,
+            config.num_attention_heads // config.num_query_groups,
+            config.kv_channels,
+            config.layernorm_epsilon,
+        )
+        qkv = rows_to_heads(qkv, self.cp_group, routing.order, routing.inverse)
+        context = self.recompute.run("core_attn", routing.attention, *qkv)
+        rows = heads_to_rows(context, self.cp_group, routing.order, routing.inverse)
+        return rows.split(routing.stream_lengths)
 
     def _feed_forward(self, und: Tensor, gen: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Norm and MLP of both streams, residual not added."""

@@ -20,3 +20,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape and dtype."""
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """The weight of an RMSNorm that a fused operator applies. It must be called for it: gathering parameters while the
+    forward pass runs begins with a hook on the call."""
+
+    def __init__(self, size: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+
+    def forward(self) -> Tensor:
+        """-> [size]."""
+        return self.weight

@@ -11,9 +11,20 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megabagel.models.rotary import rotary_table
-from megabagel.models.split_attention import AttentionPlan, plan_attention
+from megabagel.models.split_attention import AttentionPlan, prepare_attention
 from megabagel.packing.chunk import Chunk
 from megabagel.packing.plan import PackPlan
+
+
+@dataclass
+class Placement:
+    """Where the queries, keys and values of this rank's rows go: straight into attention order where the rank has all
+    rows of the pack, else nowhere but to their own row, because they travel first."""
+
+    order: Tensor  # [N] row of the chunk
+    inverse: Tensor  # [rows of the chunk], -1 for those that go nowhere
+    cos: Tensor  # float32 [N, head_dim / 2]
+    sin: Tensor
 
 
 @dataclass
@@ -22,8 +33,10 @@ class Routing(PackedSeqParams):
 
     plan: PackPlan = None
     chunk: Chunk = None
-    attention: AttentionPlan = None  # over the rows of all chunks
-    rotary: tuple[Tensor, Tensor] = None  # cos, sin [rows of the chunk, 1, head_dim]
+    placement: Placement = None
+    order: Tensor = None  # int64 [L], row of the pack of each position in attention order
+    inverse: Tensor = None  # int64 [rows of the pack], the way back, -1 for padding
+    attention: AttentionPlan = None  # over positions in attention order
 
     @property
     def stream_lengths(self) -> list[int]:
@@ -31,17 +44,15 @@ class Routing(PackedSeqParams):
         return [self.chunk.und_length, self.chunk.gen_length]
 
 
-def _problems(plan: PackPlan, row_of: Tensor) -> list[tuple[Tensor, Tensor, bool]]:
-    """(query rows, key rows, causal) of each problem of the plan."""
-    rows = row_of[plan.attention_index]
-    return [
-        (rows[q : q + n], torch.cat([rows[prefix : prefix + m], rows[q : q + n]]), bool(causal))
-        for q, n, prefix, m, causal in plan.problems.tolist()
-    ]
-
-
 def route(
-    plan: PackPlan, chunk: Chunk, rank: int, ranks: int, head_dim: int, rotary_base: float, device: torch.device
+    plan: PackPlan,
+    chunk: Chunk,
+    rank: int,
+    ranks: int,
+    head_dim: int,
+    rotary_base: float,
+    backend: str,
+    device: torch.device,
 ) -> Routing:
     """Derive the routing of `plan` and put it on `device`; `chunk` is chunk `rank` of `ranks`, both on the CPU."""
     und, gen = (torch.arange(index.numel()) for index in (plan.und_index, plan.gen_index))
@@ -49,13 +60,24 @@ def route(
     row_of = torch.empty(plan.sequence_length, dtype=torch.int64)
     row_of[plan.und_index] = und // chunk.und_length * length + und % chunk.und_length
     row_of[plan.gen_index] = gen // chunk.gen_length * length + chunk.und_length + gen % chunk.gen_length
-    rows = ranks * length
-    position_ids = torch.zeros(rows, dtype=torch.int64)
-    position_ids[row_of] = plan.position_ids
-    mine = position_ids[rank * length : (rank + 1) * length]
+    order = row_of[plan.attention_index]
+    inverse = torch.full((ranks * length,), -1)
+    inverse[order] = torch.arange(order.numel())
+    if ranks == 1:
+        placed, back, position_ids = order, inverse, plan.position_ids[plan.attention_index]
+    else:
+        placed = back = torch.arange(length)
+        position_ids = torch.zeros(ranks * length, dtype=torch.int64)
+        position_ids[row_of] = plan.position_ids
+        position_ids = position_ids[rank * length : (rank + 1) * length]
+    placement = Placement(
+        placed.to(device), back.to(device), *rotary_table(position_ids.to(device), head_dim, rotary_base)
+    )
     return Routing(
         plan=plan.to(device),
         chunk=chunk.to(device),
-        attention=plan_attention(_problems(plan, row_of), rows).to(device),
-        rotary=rotary_table(mine.to(device), head_dim, rotary_base),
+        placement=placement,
+        order=order.to(device),
+        inverse=inverse.to(device),
+        attention=prepare_attention(plan.problems, plan.sequence_length, backend, device),
     )

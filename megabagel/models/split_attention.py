@@ -37,6 +37,10 @@ class AttentionPlan:
     kv_rows: Tensor
     inverse: Tensor
 
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [rows, heads, d], k and v [rows, kv heads, d] -> [rows, heads, d]."""
+        return split_attention(q, k, v, self)
+
     def to(self, device: torch.device) -> "AttentionPlan":
         groups = [g if g.mask is None else replace(g, mask=g.mask.to(device)) for g in self.groups]
         return AttentionPlan(groups, *(t.to(device) for t in (self.q_rows, self.kv_rows, self.inverse)))
@@ -78,3 +82,13 @@ def split_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
         results.append(out.transpose(1, 2).reshape(-1, heads, d))
     results.append(q.new_zeros(1, heads, d))
     return torch.cat(results).index_select(0, plan.inverse)
+
+
+def prepare_attention(problems: Tensor, length: int, backend: str, device: torch.device) -> AttentionPlan:
+    """The problems [P, 5] of a plan over `length` positions in attention order, ready on `device`."""
+    rows = torch.arange(length)
+    listed = [
+        (rows[q : q + n], torch.cat([rows[prefix : prefix + m], rows[q : q + n]]), bool(causal))
+        for q, n, prefix, m, causal in problems.tolist()
+    ]
+    return plan_attention(listed, length).to(device)

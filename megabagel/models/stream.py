@@ -12,9 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megabagel.models.norm import RMSNorm
+from megabagel.models.norm import HeadNorm, RMSNorm
 from megabagel.models.recompute import Recompute
-from megabagel.models.rotary import apply_rotary
 
 ATTENTION_PARTS = ("input_layernorm", "linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")
 PARTS = (*ATTENTION_PARTS, "pre_mlp_layernorm", "mlp")
@@ -48,25 +47,21 @@ class Stream(MegatronModule):
         self.submodules, self.groups = submodules, groups
         self.recompute = Recompute(config)
         self.head_dim = config.kv_channels
-        self.kv_heads = config.num_query_groups // config.tensor_model_parallel_size  # on this rank
-        self.heads_per_kv_head = config.num_attention_heads // config.num_query_groups
         for part in PARTS:
             if part in shared:
                 self.__dict__[part] = owner._modules[part]
             else:
-                setattr(self, part, getattr(self, f"_build_{part}")())
-
-    def _norm(self, size: int, sequence_parallel: bool) -> RMSNorm:
-        return RMSNorm(size, self.config.layernorm_epsilon, self.config.params_dtype, sequence_parallel)
+                self.register_module(part, getattr(self, f"_build_{part}")())
 
     def _build_input_layernorm(self) -> RMSNorm:
-        return self._norm(self.config.hidden_size, self.config.sequence_parallel)
+        config = self.config
+        return RMSNorm(config.hidden_size, config.layernorm_epsilon, config.params_dtype, config.sequence_parallel)
 
     _build_pre_mlp_layernorm = _build_input_layernorm
 
-    def _build_q_layernorm(self) -> nn.Module:
+    def _build_q_layernorm(self) -> HeadNorm | None:
         # sees this rank's heads only: megatron-core sums its gradient over tensor-parallel ranks by its name
-        return self._norm(self.head_dim, False) if self.config.qk_layernorm else nn.Identity()
+        return HeadNorm(self.head_dim, self.config.params_dtype) if self.config.qk_layernorm else None
 
     _build_k_layernorm = _build_q_layernorm
 
@@ -107,16 +102,13 @@ class Stream(MegatronModule):
             return None
         return build_module(self.submodules.mlp, config=self.config, pg_collection=self.groups)
 
-    def qkv(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[s or s/tp, 1, hidden] -> q [s, heads, d], k, v [s, kv heads, d] of this rank, normalised, rotated."""
-        # [s, 1, kv heads * (heads per kv head + 2) * d]
-        mixed = self.recompute.through_norm(self.input_layernorm, lambda x: self.linear_qkv(x)[0], hidden)
-        rows = mixed.shape[0]
-        mixed = mixed.view(rows, self.kv_heads, self.heads_per_kv_head + 2, self.head_dim)
-        q, k, v = mixed.split([self.heads_per_kv_head, 1, 1], dim=2)
-        q = self.q_layernorm(q.reshape(rows, -1, self.head_dim))
-        k = self.k_layernorm(k.reshape(rows, -1, self.head_dim))
-        return apply_rotary(q, rotary), apply_rotary(k, rotary), v.reshape(rows, -1, self.head_dim)
+    def qkv(self, hidden: Tensor) -> Tensor:
+        """[s or s/tp, 1, hidden] -> [s, kv heads * (heads per kv head + 2) * d] of this rank, for `kv_gather`."""
+        return self.recompute.through_norm(self.input_layernorm, lambda x: self.linear_qkv(x)[0], hidden)[:, 0]
+
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of the norms on query and key heads; None for a model without them."""
+        return tuple(norm and norm() for norm in (self.q_layernorm, self.k_layernorm))
 
     def project(self, context: Tensor) -> Tensor:
         """Attention result [s, heads, d] of this rank -> [s or s/tp, 1, hidden]."""

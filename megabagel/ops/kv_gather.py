@@ -1,0 +1,71 @@
+"""Queries, keys and values of both streams in attention order, normalised per head and rotated.
+
+RMSNorm over each query and key head (Zhang and Sennrich 2019; as Qwen3 and BAGEL use it) and the rotate-half form of
+rotary position embedding (Su et al. 2021).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+
+class HeadNorms(NamedTuple):
+    """Weights [d] of the norms on query and key heads, of each stream; all None for a model without them."""
+
+    und_q: Tensor | None
+    und_k: Tensor | None
+    gen_q: Tensor | None
+    gen_k: Tensor | None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def kv_gather_reference(
+    und: Tensor,
+    gen: Tensor,
+    norms: HeadNorms,
+    cos: Tensor,
+    sin: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    heads_per_kv_head: int,
+    head_dim: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with PyTorch's functions."""
+    queries, keys, values = [], [], []
+    for mixed, q_weight, k_weight in ((und, *norms[:2]), (gen, *norms[2:])):
+        mixed = mixed.view(len(mixed), -1, heads_per_kv_head + 2, head_dim)
+        q, k, v = mixed.split([heads_per_kv_head, 1, 1], dim=2)
+        queries.append(q if q_weight is None else rms_norm(q, (head_dim,), q_weight, eps))
+        keys.append(k if k_weight is None else rms_norm(k, (head_dim,), k_weight, eps))
+        values.append(v)
+    q, k, v = (torch.cat(parts).flatten(1, 2).index_select(0, order) for parts in (queries, keys, values))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def kv_gather(
+    und: Tensor,
+    gen: Tensor,
+    norms: HeadNorms,
+    cos: Tensor,
+    sin: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    heads_per_kv_head: int,
+    head_dim: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> q [N, heads, d], k and v [N, kv heads, d], in the dtype of the streams.
+
+    und, gen: [rows, kv heads * (heads_per_kv_head + 2) * d], of each kv head its query heads, the key and the value.
+    cos, sin: float32 [N, d / 2], of the rows of the result. order: int64 [N], which row of both streams (und first)
+    each row of the result is, every one at most once; inverse: int64 [und rows + gen rows], the way back, -1: nowhere.
+    """
+    return kv_gather_reference(und, gen, norms, cos, sin, order, inverse, heads_per_kv_head, head_dim, eps)
