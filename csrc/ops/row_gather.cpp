@@ -1,0 +1,76 @@
+// Rows taken from a table, on the CPU: threads share the rows of the result, each is written once.
+#include "ops/row_gather.h"
+
+#include <cstring>
+
+#include "ops/simd.h"
+
+namespace megabagel {
+namespace {
+
+MEGABAGEL_CLONES void narrow(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, sizeof bits);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    to[i] = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
+  }
+}
+
+MEGABAGEL_CLONES void widen(const uint16_t* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>) {
+    narrow(from, reinterpret_cast<uint16_t*>(to), count);
+  } else if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, float>) {
+    widen(reinterpret_cast<const uint16_t*>(from), to, count);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = static_cast<To>(from[i]);
+    }
+  }
+}
+
+template <typename From, typename To>
+void gather(const From* x, int64_t stride, int64_t width, const int64_t* index, int64_t count, To* out) {
+  torch::stable::parallel_for(0, count, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (index[i] >= 0) {
+        convert(x + index[i] * stride, out + i * width, width);
+      } else {
+        std::memset(static_cast<void*>(out + i * width), 0, width * sizeof(To));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype) {
+  STD_TORCH_CHECK(is_float(x) && is_float(dtype), op, ": values must be float32, bfloat16 or float64.");
+  check_index(op, name, index, x);
+  const int64_t width = checked_width(op, x), count = index.numel();
+  const Tensor rows = torch::stable::contiguous(index);
+  check_entries(op, name, rows.const_data_ptr<int64_t>(), count, -1, x.size(0));
+  Tensor out = empty_rows(x, count, dtype);
+  if (out.numel() > 0) {
+    dispatch_float(op, x, [&](auto from) {
+      dispatch_float(op, out, [&](auto to) {
+        gather(x.const_data_ptr<decltype(from)>(), x.stride(0), width, rows.const_data_ptr<int64_t>(), count,
+               out.mutable_data_ptr<decltype(to)>());
+      });
+    });
+  }
+  return out;
+}
+
+}  // namespace megabagel
