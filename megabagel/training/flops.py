@@ -43,19 +43,25 @@ def pack_flops(plan: PackPlan, model: ModelConfig) -> float:
     frozen ViT and, under freeze_und, the und stream run forward only; a frozen decoder needs no weight gradients.
     """
     decoder = 2 if model.freeze_llm else 3
-    und_factor, gen_factor = (1 if model.freeze_und else decoder), decoder
-    und, gen = plan.und_index.numel(), plan.gen_index.numel()
-    total = model.num_layers * (
-        und_factor * und * _linear_per_token(model, model.und_num_experts)
-        + gen_factor * gen * _linear_per_token(model, _gen_num_experts(model))
-    )
-    und_pairs, gen_pairs = _attention_pairs(plan)
-    backward_attention = 1 if model.freeze_und else 3
-    total += 4 * model.hidden_size * model.num_layers * (backward_attention * und_pairs + 3 * gen_pairs)
+    total = decoder_flops(plan, model)
+    gen = plan.gen_index.numel()
     total += decoder * 2 * model.hidden_size * model.vocab_size * plan.ce_rows.numel()
     channels = model.latent_patch_size**2 * model.vae.z_channels
     total += 3 * 2 * model.hidden_size * channels * (gen + plan.mse_rows.numel())
     return float(total + _vision(plan, model))
+
+
+def decoder_flops(plan: PackPlan, model: ModelConfig) -> float:
+    """The decoder layers' part of `pack_flops`: linears and the visible part of attention."""
+    gen_factor = 2 if model.freeze_llm else 3
+    und_factor = 1 if model.freeze_und else gen_factor
+    total = model.num_layers * (
+        und_factor * plan.und_index.numel() * _linear_per_token(model, model.und_num_experts)
+        + gen_factor * plan.gen_index.numel() * _linear_per_token(model, _gen_num_experts(model))
+    )
+    und_pairs, gen_pairs = _attention_pairs(plan)
+    backward_attention = 1 if model.freeze_und else 3
+    return float(total + 4 * model.hidden_size * model.num_layers * (backward_attention * und_pairs + 3 * gen_pairs))
 
 
 def _gen_num_experts(model: ModelConfig) -> int | None:

@@ -1,0 +1,195 @@
+"""One training step (forward and backward) of the two-stream decoder against the same layers written with index gather
+and scatter around every linear, and a dense mask per sample.
+
+    python tools/bench_step.py
+    python tools/bench_step.py --tokens 2000 --layers 2 --repeats 5
+
+Both have the same weights and give the same outputs and gradients, which is checked first. The floor is what the
+matrix products alone would take: those of the linears and of the unmasked part of attention, at the rate of a square
+product measured in the same run. Memory is the peak of a process of its own. The last line is JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
+
+import torch  # noqa: E402
+from baseline.gather_scatter import GatherScatterLayer, dense_attention, dense_masks, doubled  # noqa: E402
+from baseline.memory import peak_memory  # noqa: E402
+from baseline.mix import mixed_plan  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlock  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from megabagel.config.schema import Config, ModelConfig, ParallelConfig  # noqa: E402
+from megabagel.models.build import transformer_config  # noqa: E402
+from megabagel.models.rotary import rotary_table  # noqa: E402
+from megabagel.models.routing import route  # noqa: E402
+from megabagel.models.specs import block_spec  # noqa: E402
+from megabagel.ops.stream import stream_merge, stream_split  # noqa: E402
+from megabagel.packing.chunk import chunk_of  # noqa: E402
+from megabagel.packing.plan import PackPlan  # noqa: E402
+from megabagel.runtime import distributed  # noqa: E402
+from megabagel.training.flops import decoder_flops  # noqa: E402
+
+
+def model_config(arguments: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        hidden_size=arguments.hidden,
+        num_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_query_groups=arguments.kv_heads,
+        ffn_hidden_size=arguments.ffn,
+    )
+
+
+class TwoStreams(nn.Module):
+    """megabagel's decoder layers, in sequence order outside to be comparable."""
+
+    def __init__(self, config: Config, plan: PackPlan):
+        super().__init__()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        spec = block_spec(config.model, config.parallel, 0, config.model.num_layers)
+        self.block = TransformerBlock(transformer_config(config), spec, post_layer_norm=False, pg_collection=groups)
+        draw = torch.Generator().manual_seed(0)
+        for name, parameter in self.named_parameters():
+            norm = name.endswith("norm.weight")
+            parameter.data = torch.randn(parameter.shape, generator=draw) * (0.1 if norm else 0.03) + norm
+        self.config, self.plan = config, plan
+        positions = torch.cat([plan.und_index, plan.gen_index])
+        rows = torch.cat([torch.arange(plan.und_index.numel()), plan.und_length + torch.arange(plan.gen_index.numel())])
+        self.order = torch.empty_like(positions).scatter_(0, positions, rows)  # of each position, its row
+        self.inverse = torch.full((plan.und_length + plan.gen_length,), -1).scatter_(0, rows, positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self.config.model
+        head_dim = model.hidden_size // model.num_attention_heads
+        backend = self.config.kernels.attention_backend
+        chunk = chunk_of(self.plan, 0, 1)
+        routing = route(self.plan, chunk, 0, 1, head_dim, model.rotary_base, backend, x.device)
+        rows = stream_split(x, self.inverse, self.order)[:, None]
+        out = self.block(hidden_states=rows, attention_mask=None, packed_seq_params=routing)
+        return stream_merge(out[:, 0], self.order, self.inverse)
+
+
+class GatherScatter(nn.Module):
+    """The baseline with the weights of `streams`."""
+
+    def __init__(self, streams: TwoStreams):
+        super().__init__()
+        self.layers = nn.ModuleList([GatherScatterLayer(layer) for layer in streams.block.layers])
+        self.model, self.plan = streams.config.model, streams.plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        head_dim = self.model.hidden_size // self.model.num_attention_heads
+        tables = rotary_table(self.plan.position_ids, head_dim, self.model.rotary_base)
+        cos, sin = (doubled(table) for table in tables)
+        attention = dense_attention(dense_masks(self.plan))
+        for layer in self.layers:
+            x = layer(x, (self.plan.und_index, self.plan.gen_index), cos, sin, attention)
+        return x
+
+
+def step(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Forward and backward; gradients of the weights are new tensors each time. -> output."""
+    model.zero_grad(set_to_none=True)
+    out = model(x)
+    out.backward(grad)
+    return out
+
+
+def build(arguments: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor, float]:
+    """Both models, an input, a gradient, and the operations of a step."""
+    config = Config(model=model_config(arguments))
+    config.training.params_dtype = "fp32"
+    plan = mixed_plan(arguments.tokens, arguments.seed, arguments.picture_tokens)
+    streams = TwoStreams(config, plan)
+    draw = torch.Generator().manual_seed(1)
+    x, grad = (torch.randn(plan.sequence_length, arguments.hidden, generator=draw) for _ in range(2))
+    models = {"two streams": streams, "gather and scatter": GatherScatter(streams)}
+    return models, x.requires_grad_(), grad, decoder_flops(plan, config.model)
+
+
+def check_equal(models: dict[str, nn.Module], x: Tensor, grad: Tensor) -> float:
+    """Largest relative difference of outputs and of the input's gradient."""
+    results = []
+    for model in models.values():
+        x.grad = None
+        results.append((step(model, x, grad).detach(), x.grad.clone()))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+
+
+def gemm_rate(size: int = 2048, repeats: int = 9) -> float:
+    """FLOP/s of a square float32 product, the median of `repeats`."""
+    a, b = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / median(seconds)
+
+
+def memory_alone(arguments: list[str], name: str) -> float:
+    """MiB that a step of one model adds to a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--memory-of", name]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, help_text in (
+        ("tokens", 6144, "most tokens of the pack"),
+        ("picture-tokens", 576, "about how many tokens a picture has"),
+        ("hidden", 512, "hidden size"),
+        ("layers", 8, "decoder layers"),
+        ("heads", 8, "query heads"),
+        ("kv-heads", 2, "key and value heads"),
+        ("ffn", 1536, "width of the MLPs"),
+        ("repeats", 7, "timed steps of each, alternating"),
+        ("threads", 2, "CPU threads"),
+        ("seed", 0, "of the pack"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{help_text} ({default})")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    distributed.initialize(ParallelConfig(), 0)
+    models, x, grad, flops = build(arguments)
+    if arguments.memory_of:
+        print(peak_memory(lambda: step(models[arguments.memory_of], x, grad)))
+        return
+    print(f"{x.shape[0]} tokens; largest relative difference of both: {check_equal(models, x, grad):.1e}")
+    rate = gemm_rate()
+    seconds = {name: [] for name in models}
+    for _ in range(arguments.repeats):
+        for name, model in models.items():
+            start = time.perf_counter()
+            step(model, x, grad)
+            seconds[name].append(time.perf_counter() - start)
+    floor = flops / rate
+    memory = {name: memory_alone(sys.argv[1:], name) for name in models}
+    print(f"floor {floor:.2f} s: {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s of a square product")
+    for name, times in seconds.items():
+        spread = f"median {median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
+        print(f"{name}: {spread}, {floor / median(times):.0%} of the floor's rate, {memory[name]:.0f} MiB")
+    ours, theirs = models
+    ratios = {
+        "speed-up over gather and scatter": median(seconds[theirs]) / median(seconds[ours]),
+        "share of the floor": floor / median(seconds[ours]),
+        "share of the floor, gather and scatter": floor / median(seconds[theirs]),
+        "peak memory against gather and scatter": memory[ours] / memory[theirs],
+    }
+    units = dict.fromkeys(ratios, "ratio")
+    print(json.dumps({"bench": "step", "ratios": {k: round(v, 3) for k, v in ratios.items()}, "units": units}))
+
+
+if __name__ == "__main__":
+    main()
