@@ -13,15 +13,17 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megabagel" / "__init__.
 
 
 class BuildOps(build_ext):
-    """Builds csrc/ with its own ninja file. Without a C++ compiler the project works too, on slower Python code."""
+    """Builds csrc/ with its own ninja file. Without a C++ compiler the project works too, on slower Python code; a
+    compilation that fails ends the installation."""
 
     def run(self) -> None:
-        out = ROOT / "megabagel" / "ops" if self.inplace else Path(self.build_lib).resolve() / "megabagel" / "ops"
+        out = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "megabagel" / "ops"
         out.mkdir(parents=True, exist_ok=True)
+        csrc = runpy.run_path(str(ROOT / "csrc" / "build.py"))
         try:
-            runpy.run_path(str(ROOT / "csrc" / "build.py"))["build"](out)
-        except RuntimeError as error:
-            print(f"megabagel's C++ operators are not built: {error}", file=sys.stderr)
+            csrc["build"](out)
+        except csrc["CannotBuild"] as error:
+            sys.exit(f"megabagel: {error}")
 
 
 setup(

@@ -83,7 +83,7 @@ install() {
     fi
     "$PYTHON" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$pins"
     say "Installing megabagel and what it needs"
-    pip_install "setuptools>=64" wheel
+    pip_install "setuptools>=64" wheel ninja pybind11  # what builds csrc/
     pip_install --constraint "$pins" --no-build-isolation --editable "$REPOSITORY${extra:+[$extra]}"
     rm -f "$pins"
 }
