@@ -55,18 +55,19 @@ void gather(const From* x, int64_t stride, int64_t width, const int64_t* index, 
 
 }  // namespace
 
-Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype) {
+Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype,
+                   int64_t least) {
   STD_TORCH_CHECK(is_float(x) && is_float(dtype), op, ": values must be float32, bfloat16 or float64.");
   check_index(op, name, index, x);
-  const int64_t width = checked_width(op, x), count = index.numel();
+  const Table table = table_of(op, x);
   const Tensor rows = torch::stable::contiguous(index);
-  check_entries(op, name, rows.const_data_ptr<int64_t>(), count, -1, x.size(0));
-  Tensor out = empty_rows(x, count, dtype);
+  check_entries(op, name, rows.const_data_ptr<int64_t>(), rows.numel(), least, x.size(0));
+  Tensor out = empty_rows(x, rows.numel(), dtype);
   if (out.numel() > 0) {
     dispatch_float(op, x, [&](auto from) {
       dispatch_float(op, out, [&](auto to) {
-        gather(x.const_data_ptr<decltype(from)>(), x.stride(0), width, rows.const_data_ptr<int64_t>(), count,
-               out.mutable_data_ptr<decltype(to)>());
+        gather(table.x.const_data_ptr<decltype(from)>(), table.x.stride(0), table.width,
+               rows.const_data_ptr<int64_t>(), rows.numel(), out.mutable_data_ptr<decltype(to)>());
       });
     });
   }

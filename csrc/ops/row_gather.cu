@@ -82,14 +82,14 @@ void dispatch(const char* op, ScalarType type, F&& f) {
 
 Tensor gather_rows_cuda(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype) {
   check_index(op, name, index, x);
-  const int64_t width = checked_width(op, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const Table table = table_of(op, x);
   const Tensor rows = torch::stable::contiguous(index);
   Tensor out = empty_rows(x, rows.numel(), dtype);
   dispatch(op, x.scalar_type(), [&](auto from) {
     dispatch(op, dtype, [&](auto to) {
       if (out.numel() > 0) {
-        gather<decltype(from), decltype(to)>(x, width, rows, out);
+        gather<decltype(from), decltype(to)>(table.x, table.width, rows, out);
       }
     });
   });

@@ -5,17 +5,23 @@
 
 namespace megabagel {
 
-// [rows, ...], [count], int64 -> [count, ...] in `dtype`: row index[i] of x, zeros where index[i] is -1. Rows may lie
-// apart, but each must be contiguous. Anything but -1 .. rows - 1 raises on the CPU and gives zeros on CUDA.
-Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype);
+// [rows, ...], [count], int64 -> [count, ...] in `dtype`: row index[i] of x, zeros where index[i] is -1. What lies outside
+// of `least` (-1, or 0 where no row may be absent) .. rows - 1 raises on the CPU and gives zeros on CUDA.
+Tensor gather_rows(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype,
+                   int64_t least = -1);
 Tensor gather_rows_cuda(const char* op, const char* name, const Tensor& x, const Tensor& index, ScalarType dtype);
 
 inline bool is_float(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Double;
 }
 
-// Values of a row of x, whose rows lie x.stride(0) apart.
-inline int64_t checked_width(const char* op, const Tensor& x) {
+// A table whose rows, `width` values each, lie stride(0) apart: x, or a copy of it where a row is not contiguous.
+struct Table {
+  Tensor x;
+  int64_t width;
+};
+
+inline Table table_of(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension.");
   int64_t width = 1;
   bool contiguous = true;
@@ -23,8 +29,7 @@ inline int64_t checked_width(const char* op, const Tensor& x) {
     contiguous = contiguous && (x.size(d) == 1 || x.stride(d) == width);
     width *= x.size(d);
   }
-  STD_TORCH_CHECK(contiguous || x.numel() == 0, op, ": each row of x must be contiguous.");
-  return width;
+  return {contiguous ? x : torch::stable::contiguous(x), width};
 }
 
 inline Tensor empty_rows(const Tensor& x, int64_t count, ScalarType dtype) {

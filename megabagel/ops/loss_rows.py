@@ -33,7 +33,7 @@ def _setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
-    return torch.ops.megabagel.loss_row_scatter(grad.contiguous(), rows, ctx.count), None
+    return torch.ops.megabagel.loss_row_scatter(grad, rows, ctx.count), None
 
 
 if library.LOADED:

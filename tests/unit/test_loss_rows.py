@@ -47,9 +47,8 @@ def test_a_million_rows_keep_their_values_and_gradient_places():
     assert x.grad.sum() == 2 * (len(rows) - 1) and x.grad[::3].eq(1).all()
 
 
-@compiled
-def test_rows_that_lie_apart_are_read_where_they_are():
-    x = torch.randn(6, 5, 4)[:, 2]
+@pytest.mark.parametrize("x", [torch.randn(6, 5, 4)[:, 2], torch.randn(4, 6).T, torch.randn(3, 1).expand(6, 4, 3, 5)])
+def test_views_are_read_like_copies(x):
     rows = torch.tensor([1, -1, 4])
     assert torch.equal(loss_row_gather(x, rows), loss_row_gather_reference(x, rows))
 
@@ -74,11 +73,11 @@ def test_rows_that_are_no_loss_rows_are_named(rows, message):
 
 
 @compiled
-def test_tables_without_numbers_or_with_broken_rows_are_refused():
+def test_only_tables_of_numbers_are_taken():
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float64"):
         loss_row_gather(torch.zeros(3, 2, dtype=torch.int64), torch.tensor([0]))
-    with pytest.raises(RuntimeError, match="each row of x must be contiguous"):
-        loss_row_gather(torch.zeros(3, 2).T, torch.tensor([0]))
+    with pytest.raises(RuntimeError, match="at least one dimension"):
+        loss_row_gather(torch.tensor(1.0), torch.tensor([-1]))
 
 
 @compiled
