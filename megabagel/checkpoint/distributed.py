@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -87,6 +88,7 @@ def save(
         }
         if ema is not None:
             state["ema"] = ema_state.for_saving(ema, model_state)
+        force_all_tensors_to_non_fp8(model_state)  # a checkpoint is the same whatever the precision of the run
         # By default a process is started for this queue, which imports the whole program again and survives a kill;
         # results of a save that is waited for can stay in this process.
         filesystem_async._results_queue = queue.Queue()

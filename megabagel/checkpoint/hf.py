@@ -72,9 +72,16 @@ def load_weights(stages: Sequence[Bagel], source: AnySource) -> None:
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     for stage, of_stage in zip(stages, rules, strict=True):
         for name, parameter in stage.named_parameters():
-            parameter.copy_(import_shard(source, of_stage[name], tp_rank, tp_size))
+            _fill(parameter, import_shard(source, of_stage[name], tp_rank, tp_size))
     if isinstance(source, Upcycled) and source.has_copied and dist.get_rank() == 0:
         logger.warning(f"{source.folder} has dense MLPs: sparse experts start as copies of them, with new routers")
+
+
+def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    parameter.copy_(value)
+    if hasattr(parameter, "get_high_precision_init_val"):
+        # a parameter kept in FP8: the optimizer's main parameter starts from this unrounded copy of it
+        parameter.get_high_precision_init_val().copy_(value)
 
 
 def _check_tables(source: AnySource, model: ModelConfig) -> None:

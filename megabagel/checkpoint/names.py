@@ -36,14 +36,19 @@ _SEQUENTIAL = r"mlp\.experts\.local_experts\." + _NUMBER + r"\."
 _EXPERT_FC1 = ("mlp{t}.experts.{e}.gate_proj.weight", "mlp{t}.experts.{e}.up_proj.weight")
 _EXPERT_FC2 = ("mlp{t}.experts.{e}.down_proj.weight",)
 # Inside `decoder.layers.{i}.und.` or `.gen.`; `{t}` is the suffix of the gen twin. A part that the streams share exists
-# under `und` only, so the layer variants need no rows of their own.
+# under `und` only, so the layer variants need no rows of their own. A norm may be fused into the linear behind it.
 _IN_STREAM: tuple[_Row, ...] = (
-    (r"input_layernorm\.weight", ("input_layernorm{t}.weight",), None, None),
+    (r"(?:input_layernorm\.|linear_qkv\.layer_norm_)weight", ("input_layernorm{t}.weight",), None, None),
     (r"linear_qkv\.(\w+)", tuple(rf"self_attn.{p}_proj{{t}}.\1" for p in "qkv"), 0, QKV),
     (r"q_layernorm\.weight", ("self_attn.q_norm{t}.weight",), None, None),
     (r"k_layernorm\.weight", ("self_attn.k_norm{t}.weight",), None, None),
     (r"linear_proj\.weight", ("self_attn.o_proj{t}.weight",), 1, None),
-    (r"pre_mlp_layernorm\.weight", ("post_attention_layernorm{t}.weight",), None, None),
+    (
+        r"(?:pre_mlp_layernorm\.|mlp\.linear_fc1\.layer_norm_)weight",
+        ("post_attention_layernorm{t}.weight",),
+        None,
+        None,
+    ),
     (r"mlp\.linear_fc1\.weight", ("mlp{t}.gate_proj.weight", "mlp{t}.up_proj.weight"), 0, GATED),
     (r"mlp\.linear_fc2\.weight", ("mlp{t}.down_proj.weight",), 1, None),
     # sparse experts, by the names of Qwen's sparse models; `{e}` counts over all expert-parallel ranks

@@ -1,7 +1,8 @@
 """Every rule that a configuration must obey before a run may start, one sentence each.
 
 Rules about numbers and their combinations are here, those about the layout over ranks in `checks_parallel.py`, about
-experts in `checks_experts.py` and about files (weights, tokenizer, data) in `checks_files.py`.
+experts in `checks_experts.py`, about FP8 in `checks_precision.py` and about files (weights, tokenizer, data) in
+`checks_files.py`.
 No rule imports torch: a wrong configuration is found before any memory is taken.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
+from megabagel.config.checks_precision import precision_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config
 
@@ -35,7 +37,7 @@ def check_layout(config: Config, world_size: int) -> None:
 
 def check_model(config: Config) -> None:
     """The rules about the model and its layout that hold on any number of processes. Raises ConfigError."""
-    for faults in (_ranges, _model, _freezing, expert_faults, layout_faults):
+    for faults in (_ranges, _model, _freezing, expert_faults, layout_faults, precision_faults):
         _refuse(faults(config))
 
 
@@ -74,6 +76,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "data": (data, "prefer_buffer_before max_buffer_size num_workers seed"),
         "optimizer": (config.optimizer, "min_lr lr_warmup_steps weight_decay clip_grad"),
         "training": (training, "ce_weight mse_weight seed"),
+        "kernels": (config.kernels, "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16"),
         "checkpoint": (config.checkpoint, "save_interval"),
     }
     for group, (values, names) in not_negative.items():

@@ -60,7 +60,7 @@ class Bagel(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            block_spec(model, run.parallel, groups.ep.rank(), layers),
+            block_spec(config, model, run.parallel, groups.ep.rank(), layers),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,

@@ -11,7 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megabagel.config.pipeline_split import megatron_layout, split_layers
-from megabagel.config.schema import Config, ModelConfig, TrainingConfig
+from megabagel.config.precision import RECIPES
+from megabagel.config.schema import Config, KernelConfig, ModelConfig, TrainingConfig
+from megabagel.models import precision
 from megabagel.models.bagel import Bagel
 from megabagel.models.specs import und_expert_ranks
 from megabagel.runtime.expert_groups import share_experts
@@ -62,6 +64,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         **_pipeline_layout(config),
         **_recompute(config.training),
+        transformer_impl=precision.choose(config.kernels, precision.probe()),
+        **_fp8(config.kernels),
         calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -94,6 +98,24 @@ def _recompute(training: TrainingConfig) -> dict:
     return {}
 
 
+def _fp8(kernels: KernelConfig) -> dict:
+    """megatron-core's TransformerBlock enters the FP8 context of these settings around its layers."""
+    if kernels.fp8 is None:
+        return {}
+    start, end = kernels.num_layers_at_start_in_bf16, kernels.num_layers_at_end_in_bf16
+    return {
+        "fp8": kernels.fp8,
+        "fp8_recipe": RECIPES[kernels.fp8_recipe].megatron_name,
+        "fp8_param": kernels.fp8_param_gather,
+        "first_last_layers_bf16": start + end > 0,
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
+        # delayed scaling: Transformer Engine's defaults; megatron-core's look one step back
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    }
+
+
 def freeze(stage: Bagel, model: ModelConfig) -> None:
     """Turn off gradients of what the configuration freezes, before optimizer and DDP see the parameters."""
     for name, parameter in stage.named_parameters():
@@ -105,7 +127,12 @@ def freeze(stage: Bagel, model: ModelConfig) -> None:
 
 
 def build_stages(config: Config, device: torch.device) -> list[Bagel]:
-    """This rank's stages on `device`, weights uninitialised, frozen parameters marked; several when interleaved."""
+    """This rank's stages on `device`, weights uninitialised, frozen parameters marked; several when interleaved.
+
+    Raises ConfigError when the device or the installation cannot run what `config.kernels` asks for.
+    """
+    precision.require(config.kernels, precision.probe())
+    precision.announce(config.kernels, precision.probe())
     if (und_ranks := und_expert_ranks(config.model, config.parallel)) is not None:
         share_experts(und_ranks)
     groups = ProcessGroupCollection.use_mpu_process_groups()

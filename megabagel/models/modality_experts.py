@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -19,6 +20,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def expert_config(config: TransformerConfig, ranks: int) -> TransformerConfig:
@@ -67,6 +69,8 @@ class ModalityExchange:
         self.scatters = groups.tp.size() > 1 and not config.sequence_parallel
         self.ranks, self.und_ranks = groups.ep.size(), und_ranks
         self.holds_und = groups.ep.rank() < und_ranks
+        # how many rows a rank gets is no multiple of anything
+        self.row_alignment = get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
         self.dispatcher = MoEAlltoAllTokenDispatcher(1, [groups.ep.rank()], expert_config(config, self.ranks), groups)
 
     def __call__(self, und: Tensor, gen: Tensor, mlp: Callable[[Tensor], tuple]) -> tuple[Tensor, Tensor]:
@@ -83,8 +87,8 @@ class ModalityExchange:
         rows, probs = dispatcher.dispatch_preprocess(torch.cat(streams), sent, sent.float())
         rows, probs = dispatcher.token_dispatch(rows, probs)
         rows, _, _ = dispatcher.dispatch_postprocess(rows, probs)
-        out, _ = mlp(rows)
-        out = dispatcher.token_combine(dispatcher.combine_preprocess(out))
+        out, _ = mlp(pad(rows, (0, 0, 0, -len(rows) % self.row_alignment)))
+        out = dispatcher.token_combine(dispatcher.combine_preprocess(out[: len(rows)]))
         results = dispatcher.combine_postprocess(out).split([len(s) for s in streams])
         if self.scatters:
             # what follows is the same on all these ranks: gradients are whole there, split them instead of summing

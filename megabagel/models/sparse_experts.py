@@ -3,18 +3,14 @@
 Experts that are the streams themselves are `modality_experts.py`'s matter; routing is `expert_router.py`'s.
 """
 
-import importlib.util
 from dataclasses import replace
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,31 +20,21 @@ from torch import Tensor
 from megabagel.config.schema import ModelConfig
 from megabagel.models.expert_mark import mark_as_expert
 from megabagel.models.expert_router import PackRouter
-
-TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
-
-
-def has_transformer_engine() -> bool:
-    """Whether experts can run as one grouped matrix product."""
-    return importlib.util.find_spec("transformer_engine") is not None
+from megabagel.models.linears import part_classes, spec
+from megabagel.models.precision import Implementation
 
 
-def sparse_submodules(grouped: bool) -> MoESubmodules:
-    """What the layer is made of; `grouped`: Transformer Engine's grouped product, else one expert after the other."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-    if grouped:
-        grouped_linears = MLPSubmodules(
-            linear_fc1=ModuleSpec(module=(TRANSFORMER_ENGINE, "TEColumnParallelGroupedLinear")),
-            linear_fc2=ModuleSpec(module=(TRANSFORMER_ENGINE, "TERowParallelGroupedLinear")),
-        )
-        experts = ModuleSpec(module=TEGroupedMLP, submodules=grouped_linears)
-    shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+def sparse_submodules(implementation: Implementation) -> MoESubmodules:
+    """What the layer is made of; Transformer Engine has one grouped product, else one expert runs after the other."""
+    classes = {part: spec(path) for part, path in part_classes(implementation, "sparse").items()}
+    experts, shared = classes["experts"], ModuleSpec(module=SharedExpertMLP)
+    experts.submodules = MLPSubmodules(linear_fc1=classes["expert_column"], linear_fc2=classes["expert_row"])
+    shared.submodules = MLPSubmodules(linear_fc1=classes["linear_fc1"], linear_fc2=classes["linear_fc2"])
     return MoESubmodules(experts=experts, shared_experts=shared, router=PackRouter)
 
 
 def sparse_config(
-    config: TransformerConfig, num_experts: int, model: ModelConfig, groups: ProcessGroupCollection, grouped: bool
+    config: TransformerConfig, num_experts: int, model: ModelConfig, groups: ProcessGroupCollection
 ) -> TransformerConfig:
     """The decoder's configuration as the sparse layer sees it: whole experts, rows sharded over tensor parallelism."""
     return replace(
@@ -61,7 +47,7 @@ def sparse_config(
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_z_loss_coeff=model.moe_z_loss_coeff,
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=grouped,
+        moe_grouped_gemm=config.transformer_impl == "transformer_engine",
         expert_model_parallel_size=groups.ep.size(),
         expert_tensor_parallel_size=1,
         sequence_parallel=groups.tp.size() > 1,
@@ -83,10 +69,9 @@ class SparseMLP(MoELayer):
     def __init__(
         self, config: TransformerConfig, num_experts: int, model: ModelConfig, pg_collection: ProcessGroupCollection
     ):
-        grouped = has_transformer_engine()
         super().__init__(
-            sparse_config(config, num_experts, model, pg_collection, grouped),
-            sparse_submodules(grouped),
+            sparse_config(config, num_experts, model, pg_collection),
+            sparse_submodules(config.transformer_impl),
             pg_collection=pg_collection,
         )
         mark_as_expert(self.experts)

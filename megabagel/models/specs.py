@@ -1,14 +1,16 @@
 """Which modules a decoder layer is made of, as data: the layer variants and the megatron-core spec."""
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megabagel.config.schema import ModelConfig, ParallelConfig
 from megabagel.models.dense_mlp import DenseMLP
+from megabagel.models.linears import part_classes, spec
 from megabagel.models.modality_experts import WholeMLP
 from megabagel.models.mot_layer import MoTLayer, MoTLayerSubmodules
+from megabagel.models.recompute import Recompute
 from megabagel.models.sparse_experts import sparse_mlp_spec
 from megabagel.models.stream import PARTS, StreamSubmodules
 
@@ -28,29 +30,42 @@ def und_expert_ranks(model: ModelConfig, parallel: ParallelConfig) -> int | None
     return parallel.und_expert_ranks or parallel.expert_model_parallel_size // 2
 
 
-def _mlps(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> tuple[ModuleSpec | None, ...]:
-    """Specs of und's and gen's MLP on this expert-parallel rank."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if (und_ranks := und_expert_ranks(model, parallel)) is not None:
-        whole = ModuleSpec(module=WholeMLP, submodules=linears)
-        return (whole, None) if expert_rank < und_ranks else (None, whole)
-    dense = ModuleSpec(module=DenseMLP, submodules=linears)
-    experts = (model.und_num_experts, model.gen_num_experts)
-    return tuple(dense if number is None else sparse_mlp_spec(number, model) for number in experts)
+def _stream(
+    config: TransformerConfig, model: ModelConfig, num_experts: int | None, whole: bool, holds_mlp: bool
+) -> StreamSubmodules:
+    """A stream with sparse experts, with its MLP on some ranks only (`whole`), or with a dense one."""
+    kind = "whole" if whole else "dense" if num_experts is None else "sparse"
+    shared = SHARED_PARTS[model.layer_variant]
+    classes = part_classes(config.transformer_impl, kind, shared, "layernorm" in Recompute(config).modules)
+    linears = MLPSubmodules(linear_fc1=spec(classes["linear_fc1"]), linear_fc2=spec(classes["linear_fc2"]))
+    mlps = {
+        "whole": ModuleSpec(module=WholeMLP, submodules=linears),
+        "dense": ModuleSpec(module=DenseMLP, submodules=linears),
+        "sparse": sparse_mlp_spec(num_experts, model),
+    }
+    attention = {name: spec(classes[name]) for name in ("input_layernorm", "linear_qkv", "linear_proj")}
+    norm = spec(classes["pre_mlp_layernorm"])
+    return StreamSubmodules(**attention, pre_mlp_layernorm=norm, mlp=mlps[kind] if holds_mlp else None)
 
 
-def layer_spec(model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> ModuleSpec:
-    """Spec of one decoder layer on megatron-core's own linears, for one expert-parallel rank."""
-    und, gen = (StreamSubmodules(mlp=mlp) for mlp in _mlps(model, parallel, expert_rank))
+def layer_spec(config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, expert_rank: int) -> ModuleSpec:
+    """Spec of one decoder layer on the linears of `config.transformer_impl`, for one expert-parallel rank."""
+    und_ranks = und_expert_ranks(model, parallel)
+    whole = und_ranks is not None
     return ModuleSpec(
         module=MoTLayer,
-        params={"freeze_und": model.freeze_und, "und_expert_ranks": und_expert_ranks(model, parallel)},
-        submodules=MoTLayerSubmodules(und=und, gen=gen, shared=SHARED_PARTS[model.layer_variant]),
+        params={"freeze_und": model.freeze_und, "und_expert_ranks": und_ranks},
+        submodules=MoTLayerSubmodules(
+            und=_stream(config, model, model.und_num_experts, whole, not whole or expert_rank < und_ranks),
+            gen=_stream(config, model, model.gen_num_experts, whole, not whole or expert_rank >= und_ranks),
+            shared=SHARED_PARTS[model.layer_variant],
+        ),
     )
 
 
 def block_spec(
-    model: ModelConfig, parallel: ParallelConfig, expert_rank: int, layers: int
+    config: TransformerConfig, model: ModelConfig, parallel: ParallelConfig, expert_rank: int, layers: int
 ) -> TransformerBlockSubmodules:
     """Spec of the layers of one pipeline stage; final norms belong to the heads."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(model, parallel, expert_rank)] * layers, layer_norm=None)
+    layer = layer_spec(config, model, parallel, expert_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)

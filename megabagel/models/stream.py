@@ -5,27 +5,32 @@ Everything here is per token and runs densely on its own stream; the streams mee
 
 from dataclasses import dataclass
 
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megabagel.models.norm import HeadNorm, RMSNorm
+from megabagel.models.norm import HeadNorm
 from megabagel.models.recompute import Recompute
 
 ATTENTION_PARTS = ("input_layernorm", "linear_qkv", "q_layernorm", "k_layernorm", "linear_proj")
 PARTS = (*ATTENTION_PARTS, "pre_mlp_layernorm", "mlp")
+# what a linear with a fused norm calls the norm's weight -> what a checkpoint calls it, fused or not
+_FUSED_NORMS = {"linear_qkv.layer_norm_": "input_layernorm.", "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm."}
 
 
 @dataclass
 class StreamSubmodules:
-    """Classes of the parallel linears, megatron-core's own or Transformer Engine's; the MLP, None if not held here."""
+    """Specs of the norms and linears, see `linears.py`; the MLP, None if not held here."""
 
+    input_layernorm: ModuleSpec
+    linear_qkv: ModuleSpec
+    linear_proj: ModuleSpec
+    pre_mlp_layernorm: ModuleSpec
     mlp: ModuleSpec | None
-    linear_qkv: type = ColumnParallelLinear
-    linear_proj: type = RowParallelLinear
 
 
 class Stream(MegatronModule):
@@ -53,11 +58,17 @@ class Stream(MegatronModule):
             else:
                 self.register_module(part, getattr(self, f"_build_{part}")())
 
-    def _build_input_layernorm(self) -> RMSNorm:
+    def _norm(self, spec: ModuleSpec) -> nn.Module:
         config = self.config
-        return RMSNorm(config.hidden_size, config.layernorm_epsilon, config.params_dtype, config.sequence_parallel)
+        return build_module(
+            spec, config.hidden_size, config.layernorm_epsilon, config.params_dtype, config.sequence_parallel
+        )
 
-    _build_pre_mlp_layernorm = _build_input_layernorm
+    def _build_input_layernorm(self) -> nn.Module:
+        return self._norm(self.submodules.input_layernorm)
+
+    def _build_pre_mlp_layernorm(self) -> nn.Module:
+        return self._norm(self.submodules.pre_mlp_layernorm)
 
     def _build_q_layernorm(self) -> HeadNorm | None:
         # sees this rank's heads only: megatron-core sums its gradient over tensor-parallel ranks by its name
@@ -114,3 +125,11 @@ class Stream(MegatronModule):
         """Attention result [s, heads, d] of this rank -> [s or s/tp, 1, hidden]."""
         out, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
         return out
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """megatron-core's description of this stream's shards, a fused norm's weight by the name of a norm apart."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        apply_prefix_mapping(sharded, {prefix + fused: prefix + apart for fused, apart in _FUSED_NORMS.items()})
+        return sharded

@@ -161,15 +161,6 @@ def _with_cuda_type_names(init: Callable) -> Callable:
     return wrapped
 
 
-def _without_fp8(init: Callable) -> Callable:
-    @functools.wraps(init)
-    def wrapped(self: Any, fp8: Any = False) -> None:
-        init(self, fp8)
-        self.fp8 = False
-
-    return wrapped
-
-
 ROWS = (
     Row(
         "megatron.core.jit",
@@ -188,12 +179,6 @@ ROWS = (
         "_set_cuda_rng_state",
         "queues the new state until CUDA starts, which never happens",
         lambda old: _set_rng_state,
-    ),
-    Row(
-        "megatron.core.tensor_parallel.random",
-        "CheckpointWithoutOutput.__init__",
-        "takes its default fp8=False for 'fp8 is on' and then needs Transformer Engine in selective recompute",
-        _without_fp8,
     ),
     Row(
         "megatron.core.transformer.moe.moe_utils",

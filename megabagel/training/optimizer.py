@@ -33,6 +33,7 @@ def build_optimizer(
         for name, parameter in chunk.module.named_parameters():
             if parameter.requires_grad and parameter.dtype != dtype:
                 raise ValueError(f"parameter {name} is {parameter.dtype}; all that train must be {dtype}")
+    model = model_chunks[0].config
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -46,6 +47,7 @@ def build_optimizer(
         params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=model.fp8_recipe if model.fp8_param else None,
     )
     built = get_megatron_optimizer(config, model_chunks, config_overrides={})
     for part in built.chained_optimizers[:-1]:

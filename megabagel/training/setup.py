@@ -3,6 +3,7 @@
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import load_dataset_groups
 from megabagel.config.paths import autoencoder_path, tokenizer_path
+from megabagel.config.precision import rows_per_tile
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import DataError
@@ -19,8 +20,6 @@ from megabagel.training.encode import Encoder
 from megabagel.training.loop import Trainer
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.wrap import wrap
-
-ROWS_PER_TILE = 16  # keeps FP8 GEMM shapes legal on every rank that shares a stream's rows
 
 
 def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> Reader:
@@ -55,7 +54,7 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     autoencoder = None
     if config.model.visual_gen:
         autoencoder = load_autoencoder(autoencoder_path(config)).to(layout.device, DTYPES[config.training.params_dtype])
-    tile = ROWS_PER_TILE * layout.tp_size * layout.cp_size
+    tile = rows_per_tile(config.kernels) * layout.tp_size * layout.cp_size
     rows = fixed_length(config.data.max_num_tokens, tile)
     # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
     total_length = rows if layout.pp_size > 1 else None

@@ -32,6 +32,7 @@ def wrap(model_chunks: list[MegatronModule], parallel: ParallelConfig) -> list[D
         use_distributed_optimizer=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=config.fp8_param,
     )
     chunks = [
         # only the first chunk's communication is worth cutting into buckets: the others hide behind computation

@@ -10,7 +10,7 @@ from megabagel.config.schema import Config, ModelConfig, ParallelConfig, Trainin
 from megabagel.models.build import transformer_config
 from megabagel.models.expert_mark import is_expert
 from megabagel.models.expert_router import PackRouter
-from megabagel.models.sparse_experts import TRANSFORMER_ENGINE, SparseMLP, sparse_submodules
+from megabagel.models.sparse_experts import SparseMLP, sparse_submodules
 from megabagel.runtime import distributed
 from tests.sparse_reference import sparse_mlp
 
@@ -146,10 +146,10 @@ def test_only_routed_experts_are_marked():
 def test_grouped_products_come_from_transformer_engine():
     from megatron.core.extensions import transformer_engine
 
-    experts = sparse_submodules(grouped=True).experts
-    assert experts.module.__name__ == "TEGroupedMLP"
-    for linear in (experts.submodules.linear_fc1, experts.submodules.linear_fc2):
+    submodules = sparse_submodules("transformer_engine")
+    assert submodules.experts.module == ("megatron.core.transformer.moe.experts", "TEGroupedMLP")
+    for linear in (submodules.experts.submodules.linear_fc1, submodules.experts.submodules.linear_fc2):
         module, name = linear.module
-        assert module == TRANSFORMER_ENGINE and hasattr(transformer_engine, name)
-    assert sparse_submodules(grouped=False).experts.module.__name__ == "SequentialMLP"
-    assert sparse_submodules(grouped=True).router is PackRouter
+        assert module == transformer_engine.__name__ and hasattr(transformer_engine, name)
+    assert submodules.router is PackRouter
+    assert sparse_submodules("local").experts.module[1] == "SequentialMLP"
