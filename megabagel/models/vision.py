@@ -3,10 +3,11 @@
 Each image attends to itself only, at its own resolution. Weight names follow the released BAGEL files.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from megabagel.config.schema import ModelConfig, VisionConfig
 from megabagel.models.split_attention import AttentionPlan, plan_attention, split_attention
@@ -31,6 +32,10 @@ class VisionAttention(nn.Module):
         return self.out_proj(split_attention(q, k, v, plan).reshape(x.shape))
 
 
+# Under the names of Hugging Face configurations; importing theirs takes seconds in every process.
+_ACTIVATIONS = {"gelu_pytorch_tanh": partial(nn.GELU, "tanh"), "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
 class VisionMLP(nn.Module):
     """Linear, activation, Linear."""
 
@@ -38,7 +43,7 @@ class VisionMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(inputs, hidden, dtype=dtype)
         self.fc2 = nn.Linear(hidden, outputs, dtype=dtype)
-        self.activation = ACT2FN[activation]
+        self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
