@@ -70,8 +70,8 @@ def cuda_archs(nvcc: str | None, wanted: str | None = None) -> list[str]:
             )
     if nvcc is None:
         raise CannotBuild(
-            f'MEGABAGEL_CUDA_ARCHS="{wanted}" asks for CUDA kernels, but there is no nvcc; put it on PATH, set CUDA_HOME '
-            "or leave the variable out."
+            f'MEGABAGEL_CUDA_ARCHS="{wanted}" asks for CUDA kernels, but there is no nvcc; put it on PATH, set '
+            "CUDA_HOME or leave the variable out."
         )
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = re.findall(r"compute_(\w+)", listed)

@@ -1,0 +1,70 @@
+"""Every compiled operator of megabagel with its reference and a way to draw arguments: one entry each.
+
+A new operator is one more entry; `ops.py` and `bandwidth.py` do the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gpu.draw import Draw
+from megabagel.ops.loss_rows import loss_row_gather, loss_row_gather_reference
+from megabagel.ops.stream import stream_merge, stream_merge_reference, stream_split, stream_split_reference
+from megabagel.ops.swiglu import swiglu, swiglu_reference
+
+
+@dataclass(frozen=True)
+class Op:
+    """`arguments(draw)`: a call's arguments, about draw.rows x draw.width values; tensors inside tuples count too.
+
+    For the bandwidth: `reads_inputs_again`: the backward pass reads the inputs beside the gradient. `gathers`: only as
+    many bytes of the first argument are read as are written.
+    """
+
+    name: str
+    call: Callable
+    reference: Callable
+    arguments: Callable[[Draw], tuple]
+    reads_inputs_again: bool = True
+    gathers: bool = False
+
+
+def _swiglu(draw: Draw) -> tuple:
+    return (draw.floats(draw.rows, 2 * draw.width),)
+
+
+def _padded(draw: Draw) -> int:
+    """Rows of a stream whose padding is up to a tenth, at least one row."""
+    return draw.rows + 1 + draw.random.randint(0, draw.rows // 10)
+
+
+def _stream_split(draw: Draw) -> tuple:
+    order, inverse = draw.placement(_padded(draw), draw.rows)
+    return draw.floats(draw.rows, draw.width), inverse, order, draw.random.choice([None, torch.bfloat16])
+
+
+def _stream_merge(draw: Draw) -> tuple:
+    rows = _padded(draw)
+    order, inverse = draw.placement(rows, draw.rows)
+    return draw.floats(rows, draw.width), order, inverse, draw.random.choice([None, torch.float32])
+
+
+def _loss_rows(draw: Draw) -> tuple:
+    rows = draw.subset(draw.rows // 2, draw.rows)
+    return draw.floats(draw.rows, draw.width), torch.cat([rows, rows.new_full((1,), -1)])
+
+
+OPS = (
+    Op("swiglu", swiglu, swiglu_reference, _swiglu),
+    Op("stream_split", stream_split, stream_split_reference, _stream_split, reads_inputs_again=False),
+    Op("stream_merge", stream_merge, stream_merge_reference, _stream_merge, reads_inputs_again=False),
+    Op(
+        "loss_row_gather",
+        loss_row_gather,
+        loss_row_gather_reference,
+        _loss_rows,
+        reads_inputs_again=False,
+        gathers=True,
+    ),
+)
