@@ -8,35 +8,10 @@
 namespace megabagel {
 namespace {
 
-MEGABAGEL_CLONES void narrow(const float* from, uint16_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, from + i, sizeof bits);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    to[i] = static_cast<uint16_t>(nan ? 0x7fc0u : rounded);
-  }
-}
-
-MEGABAGEL_CLONES void widen(const uint16_t* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(to + i, &bits, sizeof bits);
-  }
-}
-
 template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
-  if constexpr (std::is_same_v<From, To>) {
-    std::memcpy(to, from, count * sizeof(To));
-  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>) {
-    narrow(from, reinterpret_cast<uint16_t*>(to), count);
-  } else if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, float>) {
-    widen(reinterpret_cast<const uint16_t*>(from), to, count);
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = static_cast<To>(from[i]);
-    }
+MEGABAGEL_CLONES void convert(const From* from, To* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = static_cast<To>(from[i]);
   }
 }
 
@@ -44,10 +19,12 @@ template <typename From, typename To>
 void gather(const From* x, int64_t stride, int64_t width, const int64_t* index, int64_t count, To* out) {
   torch::stable::parallel_for(0, count, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (index[i] >= 0) {
-        convert(x + index[i] * stride, out + i * width, width);
-      } else {
+      if (index[i] < 0) {
         std::memset(static_cast<void*>(out + i * width), 0, width * sizeof(To));
+      } else if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(static_cast<void*>(out + i * width), x + index[i] * stride, width * sizeof(To));
+      } else {
+        convert(x + index[i] * stride, out + i * width, width);
       }
     }
   });
