@@ -21,21 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
 import torch  # noqa: E402
-from baseline.gather_scatter import GatherScatterLayer, dense_attention, dense_masks, doubled  # noqa: E402
+from baseline.decoders import GatherScatter, TwoStreams, step  # noqa: E402
+from baseline.gather_scatter import dense_attention, dense_masks  # noqa: E402
 from baseline.memory import peak_memory  # noqa: E402
 from baseline.mix import mixed_plan  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
-from megatron.core.transformer.transformer_block import TransformerBlock  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig  # noqa: E402
-from megabagel.models.build import transformer_config  # noqa: E402
-from megabagel.models.rotary import rotary_table  # noqa: E402
-from megabagel.models.routing import route  # noqa: E402
-from megabagel.models.specs import block_spec  # noqa: E402
-from megabagel.ops.stream import stream_merge, stream_split  # noqa: E402
-from megabagel.packing.chunk import chunk_of  # noqa: E402
-from megabagel.packing.plan import PackPlan  # noqa: E402
 from megabagel.runtime import distributed  # noqa: E402
 from megabagel.training.flops import decoder_flops  # noqa: E402
 
@@ -50,70 +42,16 @@ def model_config(arguments: argparse.Namespace) -> ModelConfig:
     )
 
 
-class TwoStreams(nn.Module):
-    """megabagel's decoder layers, in sequence order outside to be comparable."""
-
-    def __init__(self, config: Config, plan: PackPlan):
-        super().__init__()
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        spec = block_spec(config.model, config.parallel, 0, config.model.num_layers)
-        self.block = TransformerBlock(transformer_config(config), spec, post_layer_norm=False, pg_collection=groups)
-        draw = torch.Generator().manual_seed(0)
-        for name, parameter in self.named_parameters():
-            norm = name.endswith("norm.weight")
-            parameter.data = torch.randn(parameter.shape, generator=draw) * (0.1 if norm else 0.03) + norm
-        self.config, self.plan = config, plan
-        positions = torch.cat([plan.und_index, plan.gen_index])
-        rows = torch.cat([torch.arange(plan.und_index.numel()), plan.und_length + torch.arange(plan.gen_index.numel())])
-        self.order = torch.empty_like(positions).scatter_(0, positions, rows)  # of each position, its row
-        self.inverse = torch.full((plan.und_length + plan.gen_length,), -1).scatter_(0, rows, positions)
-
-    def forward(self, x: Tensor) -> Tensor:
-        model = self.config.model
-        head_dim = model.hidden_size // model.num_attention_heads
-        backend = self.config.kernels.attention_backend
-        chunk = chunk_of(self.plan, 0, 1)
-        routing = route(self.plan, chunk, 0, 1, head_dim, model.rotary_base, backend, x.device)
-        rows = stream_split(x, self.inverse, self.order)[:, None]
-        out = self.block(hidden_states=rows, attention_mask=None, packed_seq_params=routing)
-        return stream_merge(out[:, 0], self.order, self.inverse)
-
-
-class GatherScatter(nn.Module):
-    """The baseline with the weights of `streams`."""
-
-    def __init__(self, streams: TwoStreams):
-        super().__init__()
-        self.layers = nn.ModuleList([GatherScatterLayer(layer) for layer in streams.block.layers])
-        self.model, self.plan = streams.config.model, streams.plan
-
-    def forward(self, x: Tensor) -> Tensor:
-        head_dim = self.model.hidden_size // self.model.num_attention_heads
-        tables = rotary_table(self.plan.position_ids, head_dim, self.model.rotary_base)
-        cos, sin = (doubled(table) for table in tables)
-        attention = dense_attention(dense_masks(self.plan))
-        for layer in self.layers:
-            x = layer(x, (self.plan.und_index, self.plan.gen_index), cos, sin, attention)
-        return x
-
-
-def step(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Forward and backward; gradients of the weights are new tensors each time. -> output."""
-    model.zero_grad(set_to_none=True)
-    out = model(x)
-    out.backward(grad)
-    return out
-
-
 def build(arguments: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor, float]:
     """Both models, an input, a gradient, and the operations of a step."""
     config = Config(model=model_config(arguments))
     config.training.params_dtype = "fp32"
     plan = mixed_plan(arguments.tokens, arguments.seed, arguments.picture_tokens)
-    streams = TwoStreams(config, plan)
+    streams = TwoStreams(config, plan, torch.device("cpu"))
     draw = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(plan.sequence_length, arguments.hidden, generator=draw) for _ in range(2))
-    models = {"two streams": streams, "gather and scatter": GatherScatter(streams)}
+    baseline = GatherScatter(streams, lambda: dense_attention(dense_masks(plan)))
+    models = {"two streams": streams, "gather and scatter": baseline}
     return models, x.requires_grad_(), grad, decoder_flops(plan, config.model)
 
 
@@ -121,7 +59,6 @@ def check_equal(models: dict[str, nn.Module], x: Tensor, grad: Tensor) -> float:
     """Largest relative difference of outputs and of the input's gradient."""
     results = []
     for model in models.values():
-        x.grad = None
         results.append((step(model, x, grad).detach(), x.grad.clone()))
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
 
