@@ -1,13 +1,14 @@
 """Every rule that a configuration must obey before a run may start, one sentence each.
 
 Rules about numbers and their combinations are here, those about the layout over ranks in `checks_parallel.py`, about
-experts in `checks_experts.py`, about FP8 in `checks_precision.py` and about files (weights, tokenizer, data) in
-`checks_files.py`.
+experts in `checks_experts.py`, about attention in `checks_attention.py`, about FP8 in `checks_precision.py` and about
+files (weights, tokenizer, data) in `checks_files.py`.
 No rule imports torch: a wrong configuration is found before any memory is taken.
 """
 
 from collections.abc import Iterator
 
+from megabagel.config.checks_attention import attention_faults
 from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
@@ -37,7 +38,7 @@ def check_layout(config: Config, world_size: int) -> None:
 
 def check_model(config: Config) -> None:
     """The rules about the model and its layout that hold on any number of processes. Raises ConfigError."""
-    for faults in (_ranges, _model, _freezing, expert_faults, layout_faults, precision_faults):
+    for faults in (_ranges, _model, _freezing, expert_faults, layout_faults, attention_faults, precision_faults):
         _refuse(faults(config))
 
 

@@ -1,0 +1,96 @@
+"""Attention on the CPU that computes exactly the visible blocks: the reference and the default there.
+
+A problem is a full rectangle over its prefix and a square on its own rows, one rectangle where both are one run. The
+parts of a query are merged by their log-sum-exp, and the backward pass of each uses the merged result (FlashAttention).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Block(NamedTuple):
+    """Queries and keys that see each other; with `causal` both are the same rows, lower-triangular.
+
+    `merges`: the queries have been in an earlier block.
+    """
+
+    queries: slice
+    keys: slice
+    causal: bool
+    merges: bool
+
+
+class BlockPlan:
+    """Blocks of every problem of a table [P, 5] (see `packing.plan.Problem`)."""
+
+    def __init__(self, problems: np.ndarray):
+        self.blocks = [block for problem in problems.tolist() for block in _blocks(*problem)]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [L, heads, d], k and v [L, kv heads, d] -> [L, heads, d] in float64, float32 or bfloat16."""
+        return _BlockAttention.apply(q, k, v, self.blocks)
+
+
+def _blocks(start: int, length: int, prefix_start: int, prefix_length: int, causal: int) -> list[Block]:
+    rows = slice(start, start + length)
+    causal = bool(causal) and length > 1
+    if not prefix_length:
+        return [Block(rows, rows, causal, False)]
+    prefix = slice(prefix_start, prefix_start + prefix_length)
+    if prefix.stop == start and not causal:
+        return [Block(rows, slice(prefix_start, rows.stop), False, False)]
+    return [Block(rows, prefix, False, False), Block(rows, rows, causal, True)]
+
+
+def _by_group(x: Tensor, kv_heads: int, group: int) -> Tensor:
+    """[rows, heads or kv heads, d] -> view [kv heads, group, rows, d]; heads of a group that share keys repeat them."""
+    rows, heads, d = x.shape
+    return x.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3).expand(kv_heads, group, rows, d)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """All blocks in one node of the graph, so that no gradient is padded to the whole sequence."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+        shape = k.shape[1], q.shape[1] // k.shape[1]
+        out = q.new_empty(q.shape)
+        logsumexp = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        queries, results, sums = (_by_group(x, *shape) for x in (q, out, logsumexp.unsqueeze(2)))
+        keys, values = (_by_group(x, *shape) for x in (k, v))
+        for rows, columns, causal, merges in blocks:
+            part, part_sum = _forward(queries[:, :, rows], keys[:, :, columns], values[:, :, columns], 0.0, causal)
+            result, total, part_sum = results[:, :, rows], sums[:, :, rows], part_sum.unsqueeze(3)
+            if merges:
+                part = torch.lerp(result.to(total.dtype), part.to(total.dtype), torch.sigmoid(part_sum - total))
+                part_sum = torch.logaddexp(part_sum, total)
+            result.copy_(part)
+            total.copy_(part_sum)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.blocks = blocks
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, logsumexp = ctx.saved_tensors
+        shape = k.shape[1], q.shape[1] // k.shape[1]
+        # keys collect from many queries: in bfloat16 the sum would lose them
+        dq, dk, dv = (torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v))
+        grads, queries, results, query_grads = (_by_group(x, *shape) for x in (grad, q, out, dq))
+        keys, values = (_by_group(x, *shape) for x in (k, v))
+        sums = _by_group(logsumexp.unsqueeze(2), *shape).squeeze(3)
+        for rows, columns, causal, _ in ctx.blocks:
+            inputs = (x[:, :, at] for x, at in ((grads, rows), (queries, rows), (keys, columns), (values, columns)))
+            parts = _backward(*inputs, results[:, :, rows], sums[:, :, rows], 0.0, causal)
+            query_grads[:, :, rows].add_(parts[0])
+            for total, part in ((dk, parts[1]), (dv, parts[2])):
+                total[columns].add_(part.sum(1, dtype=total.dtype).transpose(0, 1))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
