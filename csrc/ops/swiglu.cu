@@ -1,4 +1,5 @@
 // swiglu and its gradient on CUDA: 16 bytes per load, float32 inside.
+#include "ops/alignment.h"
 #include "ops/cuda_stream.h"
 #include "ops/vector.cuh"
 
@@ -71,7 +72,7 @@ Tensor swiglu_backward_cuda(const Tensor& grad, const Tensor& x) {
                   "swiglu_backward: the gradient must be contiguous [", rows, ", ", width, "] of the type of x.");
   Tensor out = torch::stable::empty_like(x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device());
-  dispatch_vector("swiglu_backward", x, width, [&](auto zero, auto size) {
+  dispatch_vector("swiglu_backward", x, aligned_width(grad, width), [&](auto zero, auto size) {
     using T = decltype(zero);
     constexpr int N = decltype(size)::value;
     if (grad.numel() > 0) {

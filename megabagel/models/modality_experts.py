@@ -16,11 +16,13 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
+
+from megabagel.models.dense_mlp import GatedMLP
 
 
 def expert_config(config: TransformerConfig, ranks: int) -> TransformerConfig:
@@ -32,7 +34,7 @@ def expert_config(config: TransformerConfig, ranks: int) -> TransformerConfig:
     return changed
 
 
-class WholeMLP(MLP):
+class WholeMLP(GatedMLP):
     """One stream's MLP, not split by tensor parallelism, on the expert-parallel ranks that hold this stream."""
 
     def __init__(

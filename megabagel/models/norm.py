@@ -6,6 +6,8 @@ megatron-core's own fallback norm refuses sequence parallelism without Transform
 import torch
 from torch import Tensor, nn
 
+from megabagel.ops.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019), computed in float32."""
@@ -19,7 +21,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape and dtype."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class HeadNorm(nn.Module):

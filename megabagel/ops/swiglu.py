@@ -14,8 +14,11 @@ def swiglu_reference(x: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """[n, 2 * width], gate first -> [n, width], the same dtype; computed in float32 for bfloat16."""
-    return torch.ops.megabagel.swiglu(x) if library.has_kernel("swiglu", x) else swiglu_reference(x)
+    """[..., 2 * width], gate first -> [..., width], the same dtype; computed in float32 for bfloat16."""
+    if not library.has_kernel("swiglu", x):
+        return swiglu_reference(x)
+    out = torch.ops.megabagel.swiglu(x.reshape(-1, x.shape[-1]).contiguous())
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def _backward(ctx, grad: Tensor) -> Tensor:
