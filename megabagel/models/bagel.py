@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 
 from megabagel.config.schema import Config
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
+from megabagel.models.flow import FlowTokens, flow_tokens
 from megabagel.models.heads import OutputHeads, RowLosses
-from megabagel.models.routing import route
+from megabagel.models.routing import Routing, route
 from megabagel.models.specs import block_spec
 from megabagel.models.vision import VisionTower, is_frozen
 from megabagel.models.vision_spread import mark_partial, spread_features
@@ -98,14 +99,23 @@ class Bagel(MegatronModule):
             self.kernels.attention_backend,
             device,
         )
+        flow = self._flow(routing, inputs)
         hidden = None
         if self.pre_process:
-            hidden = self.embeddings(routing.plan, routing.chunk, inputs, self._image_features(plan, inputs))
+            hidden = self.embeddings(routing.plan, routing.chunk, flow, self._image_features(plan, inputs))
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=routing)
         if not self.post_process:
             return hidden
         tied = self.model_config.tie_word_embeddings and self.pre_process
-        return self.heads(hidden, routing, inputs, self.shared_embedding_or_output_weight() if tied else None)
+        return self.heads(hidden, routing, flow, self.shared_embedding_or_output_weight() if tied else None)
+
+    def _flow(self, routing: Routing, inputs: StreamInputs | None) -> FlowTokens | None:
+        """The latent tokens of this rank's chunk; None on a stage without use for them."""
+        model = self.model_config
+        if not (model.visual_gen and (self.pre_process or self.post_process)):
+            return None
+        dtype = self.config.params_dtype
+        return flow_tokens(routing.plan, routing.chunk.latents, inputs.latents, inputs.noise, model, dtype)
 
     def _image_features(self, plan: PackPlan, inputs: StreamInputs) -> Tensor | None:
         """Of the ViT tokens of this rank's chunk, and a row of zeros behind them; None for a model without a ViT."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megabagel.config.schema import ModelConfig
-from megabagel.models.flow import TimestepEmbedder, flow_times, interpolate
+from megabagel.models.flow import FlowTokens, TimestepEmbedder
 from megabagel.models.position_tables import sincos_table
 from megabagel.models.vision import VisionMLP
 from megabagel.packing.chunk import Chunk
@@ -23,10 +23,10 @@ from megabagel.packing.plan import PackPlan
 
 @dataclass
 class StreamInputs:
-    """Encoded content of one packed sequence, beside its PackPlan; rows in the plan's order."""
+    """Encoded content of one packed sequence, beside its PackPlan, in the plan's order."""
 
     vit_patches: Tensor | None  # [m, p*p*3] parameter dtype, in [-1, 1], of this rank's pictures; None: features given
-    latents: Tensor  # [G, d] float32, clean
+    latents: Tensor  # [G * d] float32, clean: picture after picture, each [z, H, W] as the autoencoder gives it
     noise: Tensor  # [G, d] float32
     vit_features: Tensor | None = None  # [tokens of this rank's chunk, ViT hidden] of a tower that ran before
 
@@ -67,22 +67,17 @@ class GenEmbeddings(nn.Module):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype):
         super().__init__()
-        self.timestep_shift = model.timestep_shift
         self.vae2llm = nn.Linear(model.latent_patch_size**2 * model.vae.z_channels, model.hidden_size, dtype=dtype)
         self.time_embedder = TimestepEmbedder(model.hidden_size, dtype)
         self.register_buffer(
             "latent_pos_embed", sincos_table(model.max_latent_size, model.hidden_size), persistent=False
         )
 
-    def forward(self, plan: PackPlan, chunk: Chunk, latents: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, plan: PackPlan, chunk: Chunk, flow: FlowTokens) -> Tensor:
         """-> [chunk.gen_length, hidden]."""
-        mine = chunk.latents
-        times = flow_times(plan.timesteps[mine], self.timestep_shift)
-        spare = chunk.gen_length - times.numel()
-        noised = interpolate(latents[mine], noise[mine], times)
-        tokens = pad(noised, (0, 0, 0, spare)).to(self.vae2llm.weight.dtype)
-        rows = self.vae2llm(tokens) + self.time_embedder(pad(times, (0, spare)))
-        return rows + self.latent_pos_embed[pad(plan.latent_position_ids[mine], (0, spare))].to(rows.dtype)
+        spare = chunk.gen_length - flow.times.numel()
+        rows = self.vae2llm(pad(flow.noised, (0, 0, 0, spare))) + self.time_embedder(pad(flow.times, (0, spare)))
+        return rows + self.latent_pos_embed[pad(plan.latent_position_ids[chunk.latents], (0, spare))].to(rows.dtype)
 
 
 class InputEmbeddings(MegatronModule):
@@ -95,15 +90,16 @@ class InputEmbeddings(MegatronModule):
         self.und = UndEmbeddings(config, model, tp_group)
         self.gen = GenEmbeddings(model, config.params_dtype) if model.visual_gen else None
 
-    def forward(self, plan: PackPlan, chunk: Chunk, inputs: StreamInputs, features: Tensor | None) -> Tensor:
-        """-> [rows of the chunk (over tensor-parallel ranks with sequence parallelism), 1, hidden]."""
+    def forward(self, plan: PackPlan, chunk: Chunk, flow: FlowTokens | None, features: Tensor | None) -> Tensor:
+        """flow: of the chunk, None for a model that makes no images. -> [rows of the chunk (over tensor-parallel ranks
+        with sequence parallelism), 1, hidden]."""
         und = self.und(plan, chunk, features)
         if self.freeze_und:
             und = und.detach()
         if self.gen is None:
             gen = und.new_zeros(chunk.gen_length, self.hidden_size)
         else:
-            gen = self.gen(plan, chunk, inputs.latents, inputs.noise)
+            gen = self.gen(plan, chunk, flow)
         streams = [und[:, None], gen[:, None]]
         if self.config.sequence_parallel:
             streams = [scatter_to_sequence_parallel_region(s, group=self.tp_group) for s in streams]

@@ -1,12 +1,25 @@
-"""Rectified flow on latent tokens (Liu et al. 2022): times, the point on the path, the target and time embedding.
+"""Rectified flow on latent tokens (Liu et al. 2022): times, points on the path with their targets, time embedding.
 
-Functions from tensors to tensors; no parallelism, no weights except those of the time embedder.
+No parallelism, no weights except those of the time embedder; the arithmetic of a step is in `ops/flow.py`.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from megabagel.config.schema import ModelConfig
+from megabagel.ops.flow import flow_mix
+from megabagel.packing.plan import PackPlan
+
+
+class FlowTokens(NamedTuple):
+    """Of some latent tokens, n of them."""
+
+    times: Tensor  # [n] float32
+    noised: Tensor  # [n, d] parameter dtype, the point on the path at that time
+    target: Tensor  # [n, d] float32, what the model predicts: noise - x0
 
 
 def flow_times(raw: Tensor, shift: float) -> Tensor:
@@ -15,15 +28,13 @@ def flow_times(raw: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def interpolate(latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-    """x_t = (1-t) * x0 + t * noise; latents and noise [n, d], times [n]."""
-    t = times[:, None]
-    return (1 - t) * latents + t * noise
-
-
-def velocity(latents: Tensor, noise: Tensor) -> Tensor:
-    """What the model predicts: d x_t / dt = noise - x0."""
-    return noise - latents
+def flow_tokens(
+    plan: PackPlan, part: slice, latents: Tensor, noise: Tensor, model: ModelConfig, dtype: torch.dtype
+) -> FlowTokens:
+    """Tokens `part` of a pack, on the device of its latents [G * d] and noise [G, d], see `StreamInputs`."""
+    times = flow_times(plan.timesteps, model.timestep_shift)
+    noised, target = flow_mix(latents, plan.latent_grids, noise, times, model.latent_patch_size, dtype)
+    return FlowTokens(times[part], noised[part], target[part])
 
 
 class TimestepEmbedder(nn.Module):

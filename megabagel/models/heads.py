@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megabagel.config.schema import ModelConfig
-from megabagel.models.embeddings import StreamInputs
-from megabagel.models.flow import velocity
+from megabagel.models.flow import FlowTokens
 from megabagel.models.norm import RMSNorm
 from megabagel.models.routing import Routing
 
@@ -81,7 +80,7 @@ class OutputHeads(MegatronModule):
         return und, (self.gen_norm or self.und_norm)(gen)
 
     def forward(
-        self, hidden: Tensor, routing: Routing, inputs: StreamInputs, lm_head_weight: Tensor | None
+        self, hidden: Tensor, routing: Routing, flow: FlowTokens | None, lm_head_weight: Tensor | None
     ) -> RowLosses:
         """hidden [rows, 1, hidden] -> losses. `lm_head_weight`: the tied embedding, else None."""
         chunk = routing.chunk
@@ -92,5 +91,5 @@ class OutputHeads(MegatronModule):
         if not hasattr(self, "llm2vae"):
             return RowLosses(ce, chunk.ce_weights, gen[:1].float().mean(dim=-1))
         predicted = self.llm2vae(gen[pad(chunk.mse_rows, (0, 1))]).float()
-        target = velocity(inputs.latents[chunk.latents], inputs.noise[chunk.latents])[chunk.mse_rows]
-        return RowLosses(ce, chunk.ce_weights, (predicted - pad(target, (0, 0, 0, 1))).square().mean(dim=-1))
+        target = pad(flow.target[chunk.mse_rows], (0, 0, 0, 1))
+        return RowLosses(ce, chunk.ce_weights, (predicted - target).square().mean(dim=-1))

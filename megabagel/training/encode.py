@@ -65,7 +65,7 @@ class Encoder:
             StreamInputs(
                 self.vision.patches(pack) if feature is None else None,
                 clean,
-                flow_noise(pack.plan, self.seed, clean.shape[1]).to(clean.device),
+                flow_noise(pack.plan, self.seed, self.latents.channels).to(clean.device),
                 feature,
             )
             for pack, clean, feature in zip(packs, latents, features, strict=True)

@@ -1,4 +1,4 @@
-"""The frozen autoencoder's part of the encode phase: pictures to clean latent tokens, for the first and last stage.
+"""The frozen autoencoder's part of the encode phase: pictures to clean latents, for the first and last stage.
 
 Who encodes which picture is decided by the caller.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megabagel.config.schema import Config
 from megabagel.data.reader import Pack
-from megabagel.models.autoencoder import Autoencoder, patchify
+from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.build import DTYPES
 from megabagel.models.costs import autoencoder_flops
 from megabagel.runtime import rng
@@ -31,8 +31,7 @@ class LatentEncoder:
     def __init__(self, config: Config, layout: Layout, autoencoder: Autoencoder | None):
         self.layout, self.seed, self.autoencoder = layout, config.data.seed, autoencoder
         self.dtype = DTYPES[config.training.params_dtype]
-        self.patch_size = config.model.latent_patch_size
-        self.channels = self.patch_size**2 * config.model.vae.z_channels
+        self.channels = config.model.latent_patch_size**2 * config.model.vae.z_channels  # values of a token
 
     def costs(self, packs: list[Pack]) -> list[int]:
         """Operations for each picture of the step."""
@@ -42,9 +41,9 @@ class LatentEncoder:
 
     @torch.no_grad()
     def encode(self, packs: list[Pack], owners: list[int]) -> list[Tensor]:
-        """`owners`: rank of the replica that encodes each picture, the only one that needs its pixels. -> float32
-        [G, channels] per pack on the first and last stage, [0, channels] elsewhere. Every rank of the replica calls
-        it."""
+        """`owners`: rank of the replica that encodes each picture, the only one that needs its pixels. -> per pack,
+        float32 [G * channels] on the first and last stage, picture after picture as in `StreamInputs`, [0] elsewhere.
+        Every rank of the replica calls it."""
         images = [image for pack in packs for image in pack.vae_images]
         keys = [key for pack in packs for key in pack.plan.image_keys.tolist()]
         grids = torch.cat([pack.plan.latent_grids for pack in packs])
@@ -52,6 +51,7 @@ class LatentEncoder:
         me = self.layout.replica_ranks.index(self.layout.rank)
         mine = [index for index, owner in enumerate(owners) if owner == me]
         sizes = [int(tokens[index]) for index in mine]
+        # as many rows as a picture has tokens: a row is a piece of it
         rows = torch.empty(sum(sizes), self.channels, device=self.layout.device)
         by_shape = defaultdict(list)
         for index, part in zip(mine, rows.split(sizes), strict=True):
@@ -64,7 +64,8 @@ class LatentEncoder:
         if images:
             row_owners = torch.tensor(owners).repeat_interleave(tokens)
             rows = exchange(rows, plan_exchange(row_owners, wanted, me), self.layout.replica_device_group)
-        return list(rows.split([len(pack.plan.gen_index) if len(wanted[me]) else 0 for pack in packs]))
+        parts = rows.split([len(pack.plan.gen_index) if len(wanted[me]) else 0 for pack in packs])
+        return [part.flatten() for part in parts]
 
     def _wanted(self, tokens: int) -> list[Tensor]:
         """Per rank of the replica, the latent tokens that it needs: all of them on the first and the last stage."""
@@ -80,4 +81,4 @@ class LatentEncoder:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         noise = torch.stack([torch.from_numpy(rng.normal(self.seed, "posterior", key, shape)) for key in keys])
         for row, latent in zip(rows, self.autoencoder.sample(moments, noise.to(moments.device)), strict=True):
-            row.copy_(patchify(latent, self.patch_size))
+            row.copy_(latent.reshape_as(row))

@@ -72,7 +72,7 @@ def test_frozen_tensors_stay_and_all_others_move(switch, layout):
     tokens, width = plan.gen_index.numel(), config.model.latent_patch_size**2 * config.model.vae.z_channels
     inputs = StreamInputs(
         torch.randn(plan.vit_rows.numel(), 3 * config.model.vit.patch_size**2, generator=generator),
-        torch.randn(tokens, width, generator=generator),
+        torch.randn(tokens * width, generator=generator),
         torch.randn(tokens, width, generator=generator),
     )
     chunks = wrap([stage], config.parallel)
@@ -101,7 +101,7 @@ def test_every_weight_is_in_the_graph_of_a_model_that_makes_no_images(layout):
     sample = Sample([Item("text", text_ids=[5, 6, 7], loss=True)], (0,), "test", "test")
     plan = build_plan([plan_sample(sample, shape, [False])], shape, tile=16)
     width = config.model.latent_patch_size**2 * config.model.vae.z_channels
-    inputs = StreamInputs(torch.empty(0, 3 * 14**2), torch.empty(0, width), torch.empty(0, width))
+    inputs = StreamInputs(torch.empty(0, 3 * 14**2), torch.empty(0), torch.empty(0, width))
     chunks = wrap([stage], config.parallel)
     optimizer = build_optimizer(config.optimizer, config.training, config.parallel, chunks)
     counts = count([plan], config.training, layout.device)

@@ -40,7 +40,7 @@ def run(settings: dict) -> tuple[int, dict[str, Tensor]]:
     weights = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        losses = stage(plan, StreamInputs(patches, latents, noise))
+        losses = stage(plan, StreamInputs(patches, latents.flatten(), noise))
     # what is recomputed may have been saved first and emptied later
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in saved)}
     kept = sum(size for pointer, size in storages.items() if pointer not in weights)

@@ -73,7 +73,8 @@ class Model:
         generator = torch.Generator().manual_seed(0)
         tokens, width = plan.gen_index.numel(), model.latent_patch_size**2 * model.vae.z_channels
         vit_values = torch.randn(plan.vit_rows.numel(), 3 * model.vit.patch_size**2, generator=generator)
-        return plan, StreamInputs(vit_values, *torch.randn(2, tokens, width, generator=generator))
+        latents, noise = torch.randn(2, tokens, width, generator=generator)
+        return plan, StreamInputs(vit_values, latents.flatten(), noise)
 
     def step(self) -> torch.Tensor:
         """Train one step -> ce, mse before it."""

@@ -23,7 +23,6 @@ from megabagel.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
-from megabagel.models.autoencoder import patchify
 
 _VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
 # fields that the official code takes from its command line: meta.json has the last word
@@ -130,12 +129,12 @@ def run_config(
     return config
 
 
-def latent_tokens(case: Case, model: ModelConfig) -> Tensor:
-    """`vae.latent` without its padding, as tokens: float32 [Nl, d]."""
+def latent_pictures(case: Case, model: ModelConfig) -> Tensor:
+    """`vae.latent` without its padding, picture after picture, cut into as many rows as there are tokens: float32
+    [Nl, d]."""
     patch = model.latent_patch_size
-    grids = case.meta["patchified_vae_latent_shapes"]
+    width, grids = patch**2 * model.vae.z_channels, case.meta["patchified_vae_latent_shapes"]
     if not grids:
-        return torch.empty(0, patch**2 * model.vae.z_channels)
-    latents = case.expected["vae.latent"]
-    parts = zip(latents, grids, strict=True)
-    return torch.cat([patchify(x[:, : h * patch, : w * patch], patch) for x, (h, w) in parts])
+        return torch.empty(0, width)
+    parts = zip(case.expected["vae.latent"], grids, strict=True)
+    return torch.cat([x[:, : h * patch, : w * patch].reshape(-1, width) for x, (h, w) in parts])

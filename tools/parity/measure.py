@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from megabagel.models.bagel import Bagel
 from megabagel.models.embeddings import StreamInputs
-from megabagel.models.flow import velocity
+from megabagel.models.flow import flow_tokens
 from megabagel.models.vision_spread import image_owners
 from megabagel.packing.chunk import chunk_of
+from megabagel.packing.plan import PackPlan
 from parity.plans import Share
 
 # name -> places of the rows in the saved order, rows
@@ -118,9 +119,15 @@ def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: Stre
             out["ce"] = ce, value.ce.detach()[:-1]
             out["mse_mean"] = mse, value.mse.detach()[: len(mse)]
         elif name == "velocity":
-            target = velocity(inputs.latents, inputs.noise)[plan.mse_rows[mse_inside]]
+            target = _target(plan, inputs, stage)[plan.mse_rows[mse_inside]]
             out["mse"] = mse, (value[:-1] - target).square()
     return out
+
+
+def _target(plan: PackPlan, inputs: StreamInputs, stage: Bagel) -> Tensor:
+    """What the model should predict for each latent token of the micro-batch, [G, d]."""
+    plan, every = plan.to(inputs.latents.device), slice(None)
+    return flow_tokens(plan, every, inputs.latents, inputs.noise, stage.model_config, torch.float32).target
 
 
 def _inside(rows: Tensor, start: int, length: int) -> Tensor:

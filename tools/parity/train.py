@@ -22,7 +22,7 @@ from megabagel.training.ema import ShardedEma
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.step import Losses, count, forward_backward
 from megabagel.training.wrap import wrap
-from parity.case import Case, latent_tokens
+from parity.case import Case, latent_pictures
 from parity.gather import Rows, export, gather, gather_gradient_shards, gather_rows, gather_tensors
 from parity.measure import Recorder, forward_values, own_vit_tokens
 from parity.plans import Share, make_shares
@@ -64,7 +64,7 @@ class Runner:
         self.chunks = wrap(self.stages, config.parallel)
         tile = TILE * layout.tp_size * layout.cp_size
         self.shares = make_shares(case, layout.dp_rank, layout.dp_size, layout.pp_size, tile)
-        self.latents = latent_tokens(case, config.model)
+        self.latents = latent_pictures(case, config.model)
         self.counts = count([share.plan for share in self.shares], config.training, layout.device)
 
     def run(self) -> Results | None:
@@ -119,7 +119,7 @@ class Runner:
         patches = batch["packed_vit_tokens"][share.vit] if len(share.vit) else torch.empty(0, 3 * vit.patch_size**2)
         latents = self.latents[share.latent]
         noise = noise[share.latent] if len(share.latent) else torch.empty_like(latents)
-        patches, latents, noise = patches.to(device), latents.to(device), noise.to(device)
+        patches, latents, noise = patches.to(device), latents.flatten().to(device), noise.to(device)
         if not (is_frozen(self.config.model) and self.stages[0].pre_process and self.stages[0].vision is not None):
             return StreamInputs(patches[own_vit_tokens(share, self.stages[0]).to(device)], latents, noise)
         return StreamInputs(None, latents, noise, self._frozen_features(share.plan, patches))
