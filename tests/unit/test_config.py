@@ -80,7 +80,10 @@ def test_help_explains_every_commented_field_and_shows_an_example(capsys):
         ({"model": {"vit": {"qqq": 3}}}, "unknown key `model.vit.qqq` (allowed here: hidden_size"),
         ({"model": 3}, "`model` is a group and must hold settings, found 3"),
         ("model: {hidden_size: [}", "is not valid YAML: while parsing"),
-        ("- 1", "must hold groups of settings (model, parallel, data, optimizer, training, kernels, checkpoint, logging)"),
+        (
+            "- 1",
+            "must hold groups of settings (model, parallel, data, optimizer, training, kernels, checkpoint, logging)",
+        ),
         ({"model": {"hidden_size": "abc"}}, 'setting "model.hidden_size": expected int, found abc'),
         ({"model": {"layer_variant": "x"}}, "setting \"model.layer_variant\": expected one of ['mot', 'moe', 'dense']"),
         ({"model": {"freeze_vae": False}}, 'setting "model.freeze_vae": expected one of [True], found False'),
