@@ -92,7 +92,7 @@ class Reader:
             for fault in source.faults:
                 self._faults.file_fault(name, fault, say=data_parallel_rank == 0)
         self._loader = SampleLoader(maker, config.num_workers, self._rank, self._size)
-        self._packer = BinPacker(limits, mandatory, mixture.group, self._next_entry)
+        self._packer = BinPacker(limits, mandatory, mixture.group, self._next_entry, config.packing)
         self._packs_ahead = config.num_workers * config.prefetch_factor
         self._thread = ThreadPoolExecutor(1, "packing") if self._packs_ahead else None
         self._waiting: deque[Future] = deque()

@@ -1,11 +1,14 @@
-"""Greedy packing: which samples share a sequence, in the order and with the limits of BAGEL, losing none.
+"""Packing: which samples share a sequence, with the limits of BAGEL, losing none.
 
-It sees token counts only. What a sample holds, and how it is drawn, is behind `choose_group` and `fetch`.
+It sees token counts only. What a sample holds, and how it is drawn, is behind `choose_group` and `fetch`. `greedy`
+keeps BAGEL's order; `best_fit` keeps `max_buffer_size` samples waiting and fills packs from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
+
+from megabagel.packing import native
 
 
 class Entry(Protocol):
@@ -16,16 +19,18 @@ class Entry(Protocol):
 
 
 E = TypeVar("E", bound=Entry)
+Strategy = Literal["greedy", "best_fit"]
+DRAW, CLOSE = -1, -2
 
 
 @dataclass(frozen=True)
 class PackLimits:
     """Token counts, padding excluded."""
 
-    expected_num_tokens: int  # a pack is closed once it holds this many
-    max_num_tokens: int  # and never holds more than this many
+    expected_num_tokens: int  # a greedy pack is closed once it holds this many
+    max_num_tokens: int  # and no pack ever holds more than this many
     max_num_tokens_per_sample: int
-    prefer_buffer_before: int  # below this fill, waiting samples go first
+    prefer_buffer_before: int  # greedy: below this fill, waiting samples go first
     max_buffer_size: int  # waiting samples
 
     def __post_init__(self) -> None:
@@ -41,12 +46,78 @@ class PackLimits:
             )
 
 
+def decide_reference(strategy: Strategy, limits: PackLimits, fill: int, waiting: Sequence[int]) -> int:
+    """What comes next into a pack of `fill` tokens: the index of a waiting sample, DRAW or CLOSE.
+
+    `waiting`: token counts, oldest sample first. A best-fit pack begins with the oldest, so a sample waits for no more
+    packs than there are samples before it, and goes on with the largest that fits until none does.
+    """
+    room = limits.max_num_tokens - fill
+    if strategy == "best_fit":
+        if len(waiting) < max(limits.max_buffer_size, 1):
+            return DRAW
+        if not fill:
+            return 0
+        best = max(range(len(waiting)), key=lambda i: waiting[i] if waiting[i] <= room else -1)
+        return best if waiting[best] <= room else CLOSE
+    if fill >= limits.expected_num_tokens:
+        return CLOSE
+    overfull = len(waiting) > limits.max_buffer_size
+    if overfull or fill < limits.prefer_buffer_before:
+        for i, length in enumerate(waiting):
+            if length <= room:
+                return i
+    return CLOSE if overfull and fill else DRAW
+
+
+def decide(strategy: Strategy, limits: PackLimits, fill: int, waiting: Sequence[int]) -> int:
+    """`decide_reference`, in C++ where it is compiled."""
+    if native.PLANNER is None:
+        return decide_reference(strategy, limits, fill, waiting)
+    return native.PLANNER.decide(strategy, _tuple(limits), fill, waiting)
+
+
+def pack_sequence(
+    strategy: Strategy,
+    limits: PackLimits,
+    lengths: Sequence[int],
+    groups: Sequence[int] | None = None,
+    mandatory: Sequence[int] = (),
+) -> list[int]:
+    """The pack number of each sample of a known sequence: token counts and group indices in the order of the draws.
+
+    In C++ only: RuntimeError where it is not compiled. Raises ValueError when a sample does not fit into a pack.
+    """
+    if native.PLANNER is None:
+        raise RuntimeError("packing a known sequence needs the C++ planner: build it with 'python csrc/build.py'")
+    groups = [0] * len(lengths) if groups is None else groups
+    return native.PLANNER.pack_sequence(strategy, _tuple(limits), lengths, groups, mandatory)
+
+
+def efficiency(lengths: Sequence[int], pack_of: Sequence[int], max_num_tokens: int) -> float:
+    """Tokens over what the packs could hold."""
+    return sum(lengths) / (len(set(pack_of)) * max_num_tokens) if lengths else 1.0
+
+
+def _tuple(limits: PackLimits) -> tuple[int, int, int, int]:
+    return (
+        limits.expected_num_tokens,
+        limits.max_num_tokens,
+        limits.prefer_buffer_before,
+        limits.max_buffer_size,
+    )
+
+
 class BinPacker(Generic[E]):
     """Builds packs one after the other. Between two entries all its state is in the four public fields.
 
-    Each pack starts with one sample of every mandatory group, then takes groups as `choose_group(draw number)` says.
-    A sample that would overflow the pack waits in the buffer; below `prefer_buffer_before` tokens the first waiting
-    sample that fits goes before a new draw. An overflow beyond `max_buffer_size` closes the pack.
+    Greedy: each pack starts with one sample of every mandatory group, then takes groups as `choose_group(draw number)`
+    says. A sample that would overflow the pack waits in the buffer; below `prefer_buffer_before` tokens the first
+    waiting sample that fits goes before a new draw. An overflow beyond `max_buffer_size` closes the pack.
+
+    Best fit: all draws wait, and a pack is made of waiting samples: the oldest, one of every mandatory group that is
+    not in yet, then always the largest that fits. No sample waits for more than `max_buffer_size` + the number of
+    mandatory groups packs.
     """
 
     def __init__(
@@ -55,6 +126,7 @@ class BinPacker(Generic[E]):
         mandatory: list[int],
         choose_group: Callable[[int], int],
         fetch: Callable[[int], E],
+        strategy: Strategy = "greedy",
     ) -> None:
         """`mandatory`: group indices. `fetch(group)` gives the group's next sample, at most
         `max_num_tokens_per_sample` tokens long."""
@@ -62,6 +134,7 @@ class BinPacker(Generic[E]):
         self.mandatory = mandatory
         self.choose_group = choose_group
         self.fetch = fetch
+        self.strategy = strategy
         self.open: list[E] = []  # the pack being filled
         self.buffer: list[E] = []  # waiting samples, oldest first
         self.num_mandatory_done = 0  # mandatory groups already served in the open pack
@@ -69,42 +142,48 @@ class BinPacker(Generic[E]):
 
     def next_pack(self) -> list[E]:
         """The next closed pack, its samples in packing order."""
-        limits = self.limits
+        greedy = self.strategy == "greedy"
         while True:
-            while self.num_mandatory_done < len(self.mandatory):
-                group = self.mandatory[self.num_mandatory_done]
-                entry = self._take_waiting(lambda e, group=group: e.group_index == group) or self.fetch(group)
-                self.num_mandatory_done += 1
-                (self.open if self._fits(entry) else self.buffer).append(entry)
-            fill = self._fill()
-            if fill >= limits.expected_num_tokens:
+            if self.num_mandatory_done < len(self.mandatory) and (greedy or self.open):
+                self._serve_mandatory(self.mandatory[self.num_mandatory_done])
+                continue
+            waiting = [entry.num_tokens for entry in self.buffer]
+            choice = decide(self.strategy, self.limits, self._fill(), waiting)
+            if choice == CLOSE:
                 return self._close()
-            overfull = len(self.buffer) > limits.max_buffer_size
-            entry = self._take_waiting(self._fits) if overfull or fill < limits.prefer_buffer_before else None
-            if entry is None and overfull and self.open:
-                return self._close()
-            if entry is None:
-                entry = self.fetch(self.choose_group(self.num_draws))
-                self.num_draws += 1
-            if self._fits(entry):
+            if choice != DRAW:
+                self.open.append(self.buffer.pop(choice))
+                continue
+            entry = self.fetch(self.choose_group(self.num_draws))
+            self.num_draws += 1
+            if greedy and self._fits(entry):
                 self.open.append(entry)
-            else:
-                self.buffer.append(entry)
-                if len(self.buffer) > limits.max_buffer_size:
-                    return self._close()
+                continue
+            self.buffer.append(entry)
+            if greedy and len(self.buffer) > self.limits.max_buffer_size:
+                return self._close()
+
+    def _serve_mandatory(self, group: int) -> None:
+        """Put a sample of the group into the open pack; where none fits, one waits."""
+        waiting = [i for i, entry in enumerate(self.buffer) if entry.group_index == group]
+        entry = None
+        if self.strategy == "greedy":
+            entry = self.buffer.pop(waiting[0]) if waiting else self.fetch(group)
+        elif all(entry.group_index != group for entry in self.open):
+            fitting = [i for i in waiting if self._fits(self.buffer[i])]
+            if fitting:
+                entry = self.buffer.pop(max(fitting, key=lambda i: self.buffer[i].num_tokens))
+            elif not waiting:
+                entry = self.fetch(group)
+        self.num_mandatory_done += 1
+        if entry is not None:
+            (self.open if self._fits(entry) else self.buffer).append(entry)
 
     def _fill(self) -> int:
         return sum(entry.num_tokens for entry in self.open)
 
     def _fits(self, entry: E) -> bool:
         return self._fill() + entry.num_tokens <= self.limits.max_num_tokens
-
-    def _take_waiting(self, wanted: Callable[[E], bool]) -> E | None:
-        """Remove and return the oldest waiting entry that is `wanted`."""
-        for i, entry in enumerate(self.buffer):
-            if wanted(entry):
-                return self.buffer.pop(i)
-        return None
 
     def _close(self) -> list[E]:
         pack, self.open, self.num_mandatory_done = self.open, [], 0

@@ -61,7 +61,7 @@ def geometry_of(model: ModelConfig, special_tokens: SpecialTokens) -> Geometry:
 
 
 @lru_cache(maxsize=4096)
-def _fractional_buckets(length: int, table_side: int) -> np.ndarray:
+def fractional_buckets(length: int, table_side: int) -> np.ndarray:
     """Bucket of each of `length` patches in a table side, int64 [length]. float32 as in the reference: which bucket a
     coordinate on a boundary falls into depends on the rounding."""
     coordinates = torch.arange(0, 1 - 1e-6, 1 / length)
@@ -73,7 +73,7 @@ def _fractional_buckets(length: int, table_side: int) -> np.ndarray:
 def grid_position_ids(rows: int, columns: int, table_side: int, interpolate: bool) -> np.ndarray:
     """Position-table indices of a rows x columns grid in reading order, int64 [rows * columns], read-only."""
     if interpolate:
-        row_ids, column_ids = _fractional_buckets(rows, table_side), _fractional_buckets(columns, table_side)
+        row_ids, column_ids = fractional_buckets(rows, table_side), fractional_buckets(columns, table_side)
     else:
         row_ids, column_ids = np.arange(rows), np.arange(columns)
     ids = (row_ids[:, None] * table_side + column_ids[None, :]).reshape(-1)

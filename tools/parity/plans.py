@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megabagel.packing.plan import CAUSAL, FULL, NOISE, PackPlan
-from megabagel.packing.planner import attention_problems
 from parity.case import Case
+from parity.problems import attention_problems
 
 _MODES = {"causal": CAUSAL, "full": FULL, "noise": NOISE}
 
