@@ -83,14 +83,16 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, out, logsumexp = ctx.saved_tensors
         shape = k.shape[1], q.shape[1] // k.shape[1]
         # keys collect from many queries: in bfloat16 the sum would lose them
-        dq, dk, dv = (torch.zeros(x.shape, dtype=logsumexp.dtype) for x in (q, k, v))
+        dk, dv = (logsumexp.new_zeros(x.shape) for x in (k, v))
+        dq = logsumexp.new_empty(q.shape)
         grads, queries, results, query_grads = (_by_group(x, *shape) for x in (grad, q, out, dq))
         keys, values = (_by_group(x, *shape) for x in (k, v))
         sums = _by_group(logsumexp.unsqueeze(2), *shape).squeeze(3)
-        for rows, columns, causal, _ in ctx.blocks:
+        for rows, columns, causal, merges in ctx.blocks:
             inputs = (x[:, :, at] for x, at in ((grads, rows), (queries, rows), (keys, columns), (values, columns)))
             parts = _backward(*inputs, results[:, :, rows], sums[:, :, rows], 0.0, causal)
-            query_grads[:, :, rows].add_(parts[0])
+            query_grad = query_grads[:, :, rows]
+            query_grad.add_(parts[0]) if merges else query_grad.copy_(parts[0])
             for total, part in ((dk, parts[1]), (dv, parts[2])):
                 total[columns].add_(part.sum(1, dtype=total.dtype).transpose(0, 1))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
