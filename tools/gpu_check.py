@@ -5,7 +5,8 @@ with its reference, trains the golden cases, and measures bandwidth and the laye
     python tools/gpu_check.py --only ops attention
 
 Every section runs in a process of its own and gpu_results.json is written after each, so that a crash loses nothing.
-What this machine cannot do is skipped and the file says why. Exit status 1 when a section failed.
+What this machine cannot do is skipped and the file says why. Exit status 1 when a result is wrong; a speed that misses
+its target is named but is no failure.
 """
 
 import argparse
@@ -99,10 +100,12 @@ def main(argv: list[str]) -> int:
         entry = results["sections"][name] = start_section(name)
         write(results, options.out)
         print(f"{name}: {entry['status']} in {entry['seconds']} s", flush=True)
-    failed = {name: entry["failed"] for name, entry in results["sections"].items() if entry["failed"]}
+    failed, missed = (
+        {name: entry[key] for name, entry in results["sections"].items() if entry[key]} for key in ("failed", "missed")
+    )
     line = {"check": "gpu", "gpu": results["gpu"] and results["gpu"]["name"]}
     line |= {name: entry["status"] for name, entry in results["sections"].items()}
-    print(json.dumps({**line, "failed": failed, "pass": not failed}))
+    print(json.dumps({**line, "failed": failed, "targets_missed": missed, "pass": not failed}))
     return 1 if failed else 0
 
 

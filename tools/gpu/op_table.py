@@ -18,14 +18,15 @@ from megabagel.ops.swiglu import swiglu, swiglu_reference
 class Op:
     """`arguments(draw)`: a call's arguments, about draw.rows x draw.width values; tensors inside tuples count too.
 
-    For the bandwidth: `reads_inputs_again`: the backward pass reads the inputs beside the gradient. `gathers`: only as
-    many bytes of the first argument are read as are written.
+    For the bandwidth: `large`: rows and width of a call that fills the GPU. `reads_inputs_again`: the backward pass
+    reads the inputs beside the gradient. `gathers`: only as many bytes of the first argument are read as are written.
     """
 
     name: str
     call: Callable
     reference: Callable
     arguments: Callable[[Draw], tuple]
+    large: tuple[int, int] = (34_816, 3584)
     reads_inputs_again: bool = True
     gathers: bool = False
 
@@ -56,7 +57,7 @@ def _loss_rows(draw: Draw) -> tuple:
 
 
 OPS = (
-    Op("swiglu", swiglu, swiglu_reference, _swiglu),
+    Op("swiglu", swiglu, swiglu_reference, _swiglu, large=(17_408, 18_944)),
     Op("stream_split", stream_split, stream_split_reference, _stream_split, reads_inputs_again=False),
     Op("stream_merge", stream_merge, stream_merge_reference, _stream_merge, reads_inputs_again=False),
     Op(

@@ -11,7 +11,8 @@ class Skipped(Exception):
 class Report:
     """A file of JSON lines: {"begin": name}, then {"row": name, "pass": true, false or null, ...}.
 
-    A row is begun before its work, so that the one that brought the process down is known. `pass` null: a measurement.
+    A row is begun before its work, so that the one that brought the process down is known. `pass` null: a measurement,
+    which may miss its target ("met": false) without being wrong.
     """
 
     def __init__(self, path: Path):
@@ -29,6 +30,10 @@ class Report:
         print(f"  {mark} {name}", *(f"{key}={value}" for key, value in values.items()), flush=True)
         self._append({"row": name, "pass": passed, **values})
 
+    def measured(self, name: str, value: float, target: float, **values: object) -> None:
+        """A number that should be at least `target`."""
+        self.row(name, None, value=float(f"{value:.4g}"), target=target, met=value >= target, **values)
+
     def skip(self, reason: str) -> None:
         self._append({"skipped": reason})
 
@@ -45,5 +50,11 @@ def read_section(path: Path, code: int, seconds: float) -> dict:
         begun = [line["begin"] for line in lines if "begin" in line]
         how = "took too long" if code is None else f"ended with status {code}"
         failed.append(f"the process {how}" + (f" in {begun[-1]}" if begun else ""))
-    status = "failed" if failed else "passed" if rows else "skipped"
-    return {"status": status, "seconds": round(seconds, 1), "failed": failed, "skipped": reasons, "rows": rows}
+    return {
+        "status": "failed" if failed else "passed" if rows else "skipped",
+        "seconds": round(seconds, 1),
+        "failed": failed,
+        "missed": [row["name"] for row in rows if row.get("met") is False],
+        "skipped": reasons,
+        "rows": rows,
+    }

@@ -31,13 +31,13 @@ def gather(value: object) -> list | None:
 
 
 def export(stages: list[Bagel], values: list[dict[str, Tensor]]) -> Shards:
-    """Per stage values by parameter name -> this rank's shards by released name."""
+    """Per stage values by parameter name -> this rank's shards by released name, on the CPU."""
     shards: Shards = {}
     for stage, of_stage in zip(stages, values, strict=True):
         rules = stage_rules(stage)
         for parameter, value in of_stage.items():
             for name, (shard, dim) in export_shard(value, rules[parameter]).items():
-                shards[name] = shard.detach().float().clone(), dim
+                shards[name] = shard.detach().float().cpu().clone(), dim
     return shards
 
 

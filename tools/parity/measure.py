@@ -121,7 +121,7 @@ def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: Stre
         elif name == "velocity":
             target = _target(plan, inputs, stage)[plan.mse_rows[mse_inside]]
             out["mse"] = mse, (value[:-1] - target).square()
-    return out
+    return {name: (places, rows.cpu()) for name, (places, rows) in out.items()}
 
 
 def _target(plan: PackPlan, inputs: StreamInputs, stage: Bagel) -> Tensor:
