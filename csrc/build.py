@@ -216,6 +216,8 @@ def build(out: Path, planner_flags: list[str] | None = None) -> list[Path]:
                 notice(f"the C++ {name} are not built, Python code does their work: {reason}")
         if libraries:
             ninja.run()
+        for library in libraries:
+            library.touch()  # megabagel/ops/library.py takes one that is older than a source for outdated
     except NothingToBuildWith as reason:
         notice(f"nothing is compiled, Python code does the work of C++: {reason}")
         return []

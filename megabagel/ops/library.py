@@ -9,12 +9,19 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
+def _older_than_its_sources(path: Path) -> bool:
+    """In a checkout only: an installed package has no sources beside it."""
+    sources = (Path(__file__).parents[2] / "csrc" / "ops").glob("*.*")
+    return any(source.stat().st_mtime > path.stat().st_mtime for source in sources)
+
+
 def _load() -> bool:
     path = Path(__file__).parent / "_device.so"
-    if not path.exists():
+    if not path.exists() or _older_than_its_sources(path):
         logger.warning(
-            "The C++ operators are not built, PyTorch code does their work: same results, slower, more memory. "
-            "Build them with 'python csrc/build.py' (needs g++)."
+            "The C++ operators are %s, PyTorch code does their work: same results, slower, more memory. Build them "
+            "with 'python csrc/build.py' (needs g++).",
+            "older than their sources" if path.exists() else "not built",
         )
         return False
     try:

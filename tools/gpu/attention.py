@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from baseline.mix import mixed_plan
-from parity.compare import Group, compare
 from torch import Tensor
 
 from gpu.calls import forward_backward, in_float64
@@ -15,7 +14,8 @@ from megabagel.config.errors import ConfigError
 from megabagel.models.attention import prepare_attention
 from megabagel.packing.plan import PackPlan
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+# largest error of a row, relative to the root mean square of the rows' norms; a row with a wrong mask is off by about 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 BACKENDS = {"sdpa": tuple(TOLERANCE), "flex": tuple(TOLERANCE), "varlen": (torch.bfloat16,)}
 
 
@@ -51,6 +51,13 @@ def _plan(case: Case, backend: str, dtype: torch.dtype, device: torch.device):
     return prepare_attention(case.plan.problems, case.plan.sequence_length, backend, device, dtype)
 
 
+def row_error(found: Tensor, expected: Tensor) -> float:
+    """Largest error of a row [heads, d], as `TOLERANCE` means it; infinite where it is no number."""
+    errors = (found.double() - expected).flatten(1).norm(dim=1)
+    size = expected.flatten(1).norm(dim=1).square().mean().sqrt()
+    return float((errors / size).nan_to_num(nan=torch.inf).max())
+
+
 def check(case: Case, backend: str, dtype: torch.dtype, device: torch.device, report: Report) -> None:
     """One row."""
     name = f"{backend} {str(dtype).removeprefix('torch.')} {case.name}"
@@ -61,14 +68,12 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: torch.device, re
     cpu = torch.device("cpu")
     exact = _plan(case, "sdpa", torch.float64, cpu)
     on_cpu = tuple(t.detach().cpu().requires_grad_() for t in arguments)
-    gradient_like = {key: value.cpu() for key, value in found.items()}
-    expected = forward_backward(exact, in_float64(on_cpu), 1, like=gradient_like)
-    group = Group(TOLERANCE[dtype])
-    for key, value in expected.items():
-        compare(group, key, gradient_like[key], value)
+    on_host = {key: value.cpu() for key, value in found.items()}
+    expected = forward_backward(exact, in_float64(on_cpu), 1, like=on_host)
+    error = max(row_error(on_host[key], value) for key, value in expected.items())
     same = all(torch.equal(found[key], again[key]) for key in found)
-    error = float(f"{group.error:.2g}")
-    report.row(name, group.error <= group.tolerance, error=error, tolerance=group.tolerance, same_twice=same)
+    tolerance = TOLERANCE[dtype]
+    report.row(name, error <= tolerance, error=float(f"{error:.2g}"), tolerance=tolerance, same_twice=same)
 
 
 def time_backend(case: Case, backend: str, device: torch.device, report: Report) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from gpu.draw import Draw
+from megabagel.ops.flow import flow_mix, flow_mix_reference
 from megabagel.ops.loss_rows import loss_row_gather, loss_row_gather_reference
+from megabagel.ops.rms_norm import rms_norm, rms_norm_reference
 from megabagel.ops.stream import stream_merge, stream_merge_reference, stream_split, stream_split_reference
 from megabagel.ops.swiglu import swiglu, swiglu_reference
 
@@ -56,8 +58,30 @@ def _loss_rows(draw: Draw) -> tuple:
     return draw.floats(draw.rows, draw.width), torch.cat([rows, rows.new_full((1,), -1)])
 
 
+def _rms_norm(draw: Draw) -> tuple:
+    width = draw.width + 7  # the gradient of a row of few values is a difference of nearly equal numbers
+    return draw.floats(draw.rows, width), draw.floats(width), 1e-6
+
+
+def _flow_mix(draw: Draw) -> tuple:
+    """At least as many tokens as rows, in pictures of different shapes."""
+    grids = []
+    while sum(rows * columns for rows, columns in grids) < draw.rows:
+        grids.append((draw.random.randint(1, 64), draw.random.randint(1, 64)))
+    tokens, channels, patch = sum(rows * columns for rows, columns in grids), *draw.random.choice([(16, 2), (3, 1)])
+    width = channels * patch**2
+
+    def floats(*shape: int) -> torch.Tensor:
+        return draw.floats(*shape, dtype=torch.float32, grad=False)
+
+    grid = torch.tensor(grids, dtype=torch.int64, device=draw.device).view(-1, 2)
+    return floats(tokens * width), grid, floats(tokens, width), floats(tokens), patch, draw.dtype
+
+
 OPS = (
     Op("swiglu", swiglu, swiglu_reference, _swiglu, large=(17_408, 18_944)),
+    Op("rms_norm", rms_norm, rms_norm_reference, _rms_norm, large=(34_816, 3577)),
+    Op("flow_mix", flow_mix, flow_mix_reference, _flow_mix, large=(1_000_000, 64)),
     Op("stream_split", stream_split, stream_split_reference, _stream_split, reads_inputs_again=False),
     Op("stream_merge", stream_merge, stream_merge_reference, _stream_merge, reads_inputs_again=False),
     Op(
