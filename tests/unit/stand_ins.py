@@ -14,6 +14,7 @@ from megabagel.runtime import distributed  # noqa: F401  megatron-core is adapte
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear  # isort: skip
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
 HOPPER = Capability(None, (9, 0), (13, 0))
@@ -86,6 +87,7 @@ class Grouped(nn.Module):
         super().__init__()
         for number in range(num_gemms):
             weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)  # whole or not, as Transformer Engine does
             self.register_parameter(f"weight{number}", weight)
 
     def forward(self, x: Tensor, rows_of_each: list[int]) -> tuple[Tensor, None]:
