@@ -97,7 +97,7 @@ def _widths(config: Config) -> dict[str, int]:
     widths = {
         f"model.hidden_size {model.hidden_size}": model.hidden_size,
         f"model.num_attention_heads {heads}{split}": heads * head // tp,
-        f"model.num_query_groups {groups}{split}": groups * head // tp,
+        f"model.num_attention_heads {heads} with num_query_groups {groups}{split}": (heads + 2 * groups) * head // tp,
     }
     experts = (model.und_num_experts, model.gen_num_experts)
     if not all(experts):

@@ -145,7 +145,9 @@ class TrainingConfig:
 class KernelConfig:
     """Which kernels compute the layers, and in what precision their matrices are multiplied."""
 
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"  # auto: Transformer Engine where it works
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = (
+        "auto"  # auto: Transformer Engine for bf16 where it works, else megatron-core's own linears
+    )
     attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"  # auto: varlen on a GPU, else sdpa
     cross_entropy_chunk_rows: int = 2048  # loss rows whose logits are in memory at once
     fp8: Literal["hybrid", "e4m3"] | None = None  # number format of matrix products; hybrid: e5m2 gradients; null: none

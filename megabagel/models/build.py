@@ -64,7 +64,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.sequence_parallel,
         **_pipeline_layout(config),
         **_recompute(config.training),
-        transformer_impl=precision.choose(config.kernels, precision.probe()),
+        transformer_impl=precision.choose(config, precision.probe()),
         **_fp8(config.kernels),
         calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,

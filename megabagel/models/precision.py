@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megabagel.config.errors import ConfigError
 from megabagel.config.precision import RECIPES
-from megabagel.config.schema import KernelConfig
+from megabagel.config.schema import Config, KernelConfig
 
 Implementation = Literal["transformer_engine", "local"]  # as TransformerConfig.transformer_impl
 
@@ -51,11 +51,15 @@ def _lacking() -> str | None:
     return None
 
 
-def choose(kernels: KernelConfig, capability: Capability) -> Implementation:
-    """What `transformer_impl` comes to on a machine of this capability, which `require` has found sufficient."""
-    if kernels.transformer_impl == "auto":
-        return "local" if capability.lacking else "transformer_engine"
-    return kernels.transformer_impl
+def choose(config: Config, capability: Capability) -> Implementation:
+    """What `kernels.transformer_impl` comes to on a machine of this capability, which `require` has found sufficient.
+
+    Transformer Engine multiplies float32 in TF32 (its cublaslt_gemm.cu): `auto` takes it for bf16 parameters only.
+    """
+    if config.kernels.transformer_impl != "auto":
+        return config.kernels.transformer_impl
+    suits = capability.lacking is None and config.training.params_dtype == "bf16"
+    return "transformer_engine" if suits else "local"
 
 
 def require(kernels: KernelConfig, capability: Capability) -> None:

@@ -30,6 +30,7 @@ from megatron.core.extensions import transformer_engine  # isort: skip  after th
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 from megatron.core.transformer import transformer_block  # isort: skip
 
+IMPLEMENTATIONS = ("local", "transformer_engine")
 STEPS = (("mixed", "three images"),) * 2
 BF16 = {"training.params_dtype": "bf16"}
 FP8 = {**BF16, "kernels.fp8": "hybrid"}
@@ -71,7 +72,7 @@ SPARSE = {"model.und_num_experts": 2, "model.gen_num_experts": 2}
 
 def classes(options: dict, capability: Capability = HOPPER, expert_rank: int = 0) -> list[tuple[str, ...]]:
     """Of each stream: class names of its norms and linears."""
-    config = tiny_config(options)
+    config = tiny_config({**BF16, **options})
     with mock.patch.object(precision, "probe", lambda: capability):
         spec = layer_spec(transformer_config(config), config.model, config.parallel, expert_rank).submodules
     found = []
@@ -104,6 +105,7 @@ def test_classes_of_both_streams(options, und, gen):
 def test_auto_takes_what_the_machine_has():
     assert classes({}, Capability("it is not installed", (9, 0), (13, 0))) == [LOCAL, LOCAL]
     assert classes({"kernels.transformer_impl": "transformer_engine"}) == classes({}) != [LOCAL, LOCAL]
+    assert classes({"training.params_dtype": "fp32"}) == [LOCAL, LOCAL]  # which it would round to TF32
 
 
 def test_every_class_exists():
@@ -120,7 +122,7 @@ def test_every_class_exists():
 def test_losses_and_gradients_are_those_of_the_local_layers(variant, engine):
     options = {"sparse": SPARSE, "layernorm": LAYERNORM}.get(variant, {"model.layer_variant": variant})
     found = []
-    for implementation in ("local", "auto"):
+    for implementation in IMPLEMENTATIONS:
         run = trainer(implementation, options)
         values = [run.train_step() for _ in STEPS]
         found.append(([v[loss] for v in values for loss in ("ce", "mse", "grad_norm")], reduced_gradients(run)))
@@ -134,7 +136,7 @@ def test_losses_and_gradients_are_those_of_the_local_layers(variant, engine):
         assert (fused_gradients[name][0] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
 
 
-@pytest.mark.parametrize("first, then", [("auto", "local"), ("local", "auto")])
+@pytest.mark.parametrize("first, then", [IMPLEMENTATIONS, IMPLEMENTATIONS[::-1]])
 def test_a_checkpoint_continues_under_the_other_implementation(first, then, engine, tmp_path):
     options = {"checkpoint.run_dir": str(tmp_path), "checkpoint.auto_resume": True, "optimizer.ema_decay": 0.5}
     saved = trainer(first, options, STEPS * 2)
@@ -164,7 +166,7 @@ def _state(run) -> list[torch.Tensor]:
 
 
 def test_released_weights_fill_fused_norms(engine):
-    local, fused = (released(trainer(implementation)) for implementation in ("local", "auto"))
+    local, fused = (released(trainer(implementation)) for implementation in IMPLEMENTATIONS)
     assert set(local) == set(fused) and all(torch.equal(fused[names], value) for names, value in local.items())
 
 
@@ -191,8 +193,7 @@ def test_layers_enter_the_fp8_context_by_their_number_and_have_legal_shapes(engi
 
     monkeypatch.setattr(transformer_block, "get_fp8_context", context)
     monkeypatch.setattr(precision, "probe", lambda: dataclasses.replace(HOPPER, compute=(10, 0)))
-    options = {**FP8, "kernels.fp8_recipe": "mxfp8", "model.num_query_groups": 4}
-    run = trainer("auto", options)
+    run = trainer("auto", {**FP8, "kernels.fp8_recipe": "mxfp8"})
     assert asked == [(layer, True) for layer in range(4)]
     run.train_step()
     assert asked[4:] == [(layer, False) for _ in STEPS[0] for layer in range(4)]
@@ -265,7 +266,7 @@ def test_tiles_follow_the_recipe():
         ({"kernels.fp8": "e4m3"}, "kernels.fp8 e4m3 needs bf16 parameters, but training.params_dtype is fp32"),
         ({**FP8, **LAYERNORM}, "recompute_modules names layernorm, which saves nothing with kernels.fp8"),
         (
-            {**FP8, "kernels.fp8_recipe": "mxfp8", "kernels.fp8_param_gather": True, "model.num_query_groups": 4},
+            {**FP8, "kernels.fp8_recipe": "mxfp8", "kernels.fp8_param_gather": True},
             "does not work with kernels.fp8_recipe mxfp8; allowed are delayed, current, blockwise.",
         ),
         (
@@ -283,13 +284,13 @@ def test_tiles_follow_the_recipe():
             "kernels.num_layers_at_end_in_bf16 3 is more than the 2 layers of a pipeline stage",
         ),
         (
-            {**FP8, "kernels.fp8_recipe": "mxfp8"},
-            "model.num_query_groups 2 makes matrices 16 wide on a rank, but kernels.fp8_recipe mxfp8 multiplies "
-            "multiples of 32",
+            {**FP8, "kernels.fp8_recipe": "mxfp8", "parallel.tensor_model_parallel_size": 2},
+            "model.num_attention_heads 8 with num_query_groups 2 / parallel.tensor_model_parallel_size 2 makes "
+            "matrices 48 wide on a rank, but kernels.fp8_recipe mxfp8 multiplies multiples of 32",
         ),
         ({**FP8, "model.ffn_hidden_size": 100}, "model.ffn_hidden_size 100 makes matrices 100 wide"),
         (
-            {**FP8, "parallel.tensor_model_parallel_size": 2, "model.ffn_hidden_size": 48, "model.num_query_groups": 8},
+            {**FP8, "parallel.tensor_model_parallel_size": 2, "model.ffn_hidden_size": 48},
             "model.ffn_hidden_size 48 / parallel.tensor_model_parallel_size 2 makes matrices 24 wide",
         ),
         ({**FP8, **SPARSE, "model.moe_ffn_hidden_size": 40}, "model.moe_ffn_hidden_size 40 makes matrices 40 wide"),
