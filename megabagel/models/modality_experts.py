@@ -89,7 +89,8 @@ class ModalityExchange:
         rows, probs = dispatcher.dispatch_preprocess(torch.cat(streams), sent, sent.float())
         rows, probs = dispatcher.token_dispatch(rows, probs)
         rows, _, _ = dispatcher.dispatch_postprocess(rows, probs)
-        out, _ = mlp(pad(rows, (0, 0, 0, -len(rows) % self.row_alignment)))
+        missing = -len(rows) % self.row_alignment
+        out, _ = mlp(pad(rows, (0, 0, 0, missing)) if missing else rows)
         out = dispatcher.token_combine(dispatcher.combine_preprocess(out[: len(rows)]))
         results = dispatcher.combine_postprocess(out).split([len(s) for s in streams])
         if self.scatters:

@@ -19,7 +19,6 @@ from megabagel.config.schema import Config, KernelConfig
 
 Implementation = Literal["transformer_engine", "local"]  # as TransformerConfig.transformer_impl
 
-INSTALL = 'pip install --no-build-isolation "transformer_engine[pytorch]>=2.9,<2.12"'
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +71,7 @@ def require(kernels: KernelConfig, capability: Capability) -> None:
     if asked and capability.lacking:
         raise ConfigError(
             f"{asked}, but Transformer Engine cannot run here: {capability.lacking}; on a machine with a CUDA device "
-            f"install it with `{INSTALL}`, or set kernels.transformer_impl to auto and kernels.fp8 to null."
+            f"install it with `{_install(capability)}`, or set kernels.transformer_impl to auto and kernels.fp8 to null."
         )
     if kernels.fp8 is not None:
         _require_recipe(kernels.fp8_recipe, capability)
@@ -103,10 +102,16 @@ def announce(kernels: KernelConfig, capability: Capability) -> None:
 
 
 def _fallback(capability: Capability) -> str:
-    cost = f"slower, norms apart from linears, no FP8. Install it with: {INSTALL}"
+    cost = f"slower, norms apart from linears, no FP8. Install it with: {_install(capability)}"
     if capability.compute is None:
         cost = "no FP8, and nothing else is lost on a CPU."
     return f"Transformer Engine cannot run ({capability.lacking}), layers use megatron-core's own linears: {cost}"
+
+
+def _install(capability: Capability) -> str:
+    """The command for the releases that megatron-core 0.16 knows, built for torch's CUDA (12 by default)."""
+    major = capability.cuda[0] if capability.cuda else 12
+    return f'pip install --no-build-isolation "transformer_engine[pytorch,core_cu{major}]>=2.9,<2.12"'
 
 
 @functools.cache
