@@ -27,7 +27,7 @@ from megabagel.models.attention.gather import RowGather
 from megabagel.models.attention.sdpa import BlockPlan
 from megabagel.models.attention.sdpa_loop import LoopPlan
 from megabagel.models.attention.varlen import VarlenCall, VarlenPlan
-from megabagel.packing.planner import attention_problems
+from megabagel.packing.plan import CAUSAL, NOISE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLES = st.lists(
@@ -37,10 +37,16 @@ HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2), (3, 3)])
 
 
 def problems_of(samples: list[list[tuple[int, int]]]) -> np.ndarray:
-    """The table of samples, given as (length, mode) of their splits."""
-    lens, modes = np.array([split for sample in samples for split in sample]).T
-    sample_lens = np.array([sum(length for length, _ in sample) for sample in samples])
-    return attention_problems(np.cumsum(lens) - lens, modes, sample_lens, int(lens.sum()))[1]
+    """The table of samples, given as (length, mode) of their splits: what is noised comes last in attention order."""
+    shared = sum(length for sample in samples for length, mode in sample if mode != NOISE)
+    seen, noised, problems = 0, shared, []
+    for sample in samples:
+        first = seen
+        for length, mode in sample:
+            start = noised if mode == NOISE else seen
+            problems.append([start, length, first, seen - first, int(mode == CAUSAL)])
+            noised, seen = (noised + length, seen) if mode == NOISE else (noised, seen + length)
+    return np.array(problems, dtype=np.int64)
 
 
 def dense_mask(problems: np.ndarray) -> torch.Tensor:
