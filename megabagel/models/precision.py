@@ -71,7 +71,8 @@ def require(kernels: KernelConfig, capability: Capability) -> None:
     if asked and capability.lacking:
         raise ConfigError(
             f"{asked}, but Transformer Engine cannot run here: {capability.lacking}; on a machine with a CUDA device "
-            f"install it with `{_install(capability)}`, or set kernels.transformer_impl to auto and kernels.fp8 to null."
+            f"install it with `{_install(capability)}`, or set kernels.transformer_impl to auto and kernels.fp8 to "
+            f"null."
         )
     if kernels.fp8 is not None:
         _require_recipe(kernels.fp8_recipe, capability)
