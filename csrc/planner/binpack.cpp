@@ -13,12 +13,45 @@ int64_t first_that_fits(const std::vector<int64_t>& waiting, int64_t room) {
   return found == waiting.end() ? -1 : found - waiting.begin();
 }
 
-int64_t largest_that_fits(const std::vector<int64_t>& waiting, int64_t room) {
-  int64_t best = -1, best_length = -1;
-  for (size_t i = 0; i < waiting.size(); ++i) {
-    if (waiting[i] <= room && waiting[i] > best_length) best = static_cast<int64_t>(i), best_length = waiting[i];
+// Sums below `size` that a set of samples can have, one bit each.
+class Sums {
+ public:
+  explicit Sums(int64_t size) : words_(static_cast<size_t>(size + 63) / 64, 0) { words_[0] = 1; }
+
+  bool has(int64_t sum) const { return words_[static_cast<size_t>(sum) / 64] >> (sum % 64) & 1; }
+
+  // The sums with one more sample that may be in or out.
+  Sums with(int64_t length) const {
+    Sums more(*this);
+    const size_t skip = static_cast<size_t>(length) / 64, n = words_.size();
+    const int shift = static_cast<int>(length % 64);
+    for (size_t i = skip; i < n; ++i) more.words_[i] |= words_[i - skip] << shift;
+    if (shift == 0) return more;
+    for (size_t i = skip + 1; i < n; ++i) more.words_[i] |= words_[i - skip - 1] >> (64 - shift);
+    return more;
   }
-  return best;
+
+ private:
+  std::vector<uint64_t> words_;
+};
+
+// The oldest sample of the waiting samples that fill `room` best together, or -1 when none fits.
+int64_t of_best_subset(const std::vector<int64_t>& waiting, int64_t room) {
+  int64_t best = 0;  // no subset that fits has more tokens than all samples that fit
+  for (const int64_t length : waiting) best += length <= room ? std::min(length, room - best) : 0;
+  std::vector<Sums> of_rest{Sums(best + 1)};  // element k: of the k youngest that fit
+  std::vector<int64_t> fitting;               // youngest first
+  for (size_t i = waiting.size(); i-- > 0;) {
+    if (waiting[i] > best) continue;
+    fitting.push_back(static_cast<int64_t>(i));
+    of_rest.push_back(of_rest.back().with(waiting[i]));
+  }
+  while (!of_rest.back().has(best)) --best;
+  for (size_t k = fitting.size(); k-- > 0;) {
+    const int64_t left = best - waiting[static_cast<size_t>(fitting[k])];
+    if (left >= 0 && of_rest[k].has(left)) return fitting[k];
+  }
+  return -1;
 }
 
 int64_t decide_greedy(const Limits& limits, int64_t fill, const std::vector<int64_t>& waiting, bool can_draw) {
@@ -35,7 +68,7 @@ int64_t decide_best_fit(const Limits& limits, int64_t fill, const std::vector<in
   const int64_t wanted = std::max<int64_t>(limits.max_buffer_size, 1);
   if (can_draw && static_cast<int64_t>(waiting.size()) < wanted) return kDraw;
   if (fill == 0) return waiting.empty() ? kClose : 0;  // so no sample waits for more packs than there are before it
-  const int64_t found = largest_that_fits(waiting, limits.max_num_tokens - fill);
+  const int64_t found = of_best_subset(waiting, limits.max_num_tokens - fill);
   return found >= 0 ? found : kClose;
 }
 
@@ -86,15 +119,12 @@ class Player {
       return fetch(group);
     }
     if (std::find(open_groups_.begin(), open_groups_.end(), group) != open_groups_.end()) return;
-    std::vector<int64_t> lengths(waiting_.size(), limits_.max_num_tokens + 1);
     bool waits = false;
     for (size_t i = 0; i < waiting_.size(); ++i) {
       if (groups_[waiting_[i]] != group) continue;
-      lengths[i] = lengths_[waiting_[i]];
+      if (fits(lengths_[waiting_[i]])) return take_waiting(i);
       waits = true;
     }
-    const int64_t found = largest_that_fits(lengths, limits_.max_num_tokens - fill_);
-    if (found >= 0) take_waiting(static_cast<size_t>(found));
     if (!waits) fetch(group);
   }
 
@@ -163,6 +193,13 @@ class Player {
 
 int64_t decide(Strategy strategy, const Limits& limits, int64_t fill, const std::vector<int64_t>& waiting,
                bool can_draw) {
+  if (fill < 0 || fill > limits.max_num_tokens) {
+    throw std::invalid_argument("the open pack holds " + std::to_string(fill) + " tokens, but that must lie in 0 .. " +
+                                std::to_string(limits.max_num_tokens));
+  }
+  for (const int64_t length : waiting) {
+    if (length < 1) throw std::invalid_argument("a waiting sample has " + std::to_string(length) + " tokens");
+  }
   return strategy == Strategy::kGreedy ? decide_greedy(limits, fill, waiting, can_draw)
                                        : decide_best_fit(limits, fill, waiting, can_draw);
 }

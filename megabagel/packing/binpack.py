@@ -50,16 +50,13 @@ def decide_reference(strategy: Strategy, limits: PackLimits, fill: int, waiting:
     """What comes next into a pack of `fill` tokens: the index of a waiting sample, DRAW or CLOSE.
 
     `waiting`: token counts, oldest sample first. A best-fit pack begins with the oldest, so a sample waits for no more
-    packs than there are samples before it, and goes on with the largest that fits until none does.
+    packs than there are samples before it. From then on it takes the oldest of those that fill it best together.
     """
     room = limits.max_num_tokens - fill
     if strategy == "best_fit":
         if len(waiting) < max(limits.max_buffer_size, 1):
             return DRAW
-        if not fill:
-            return 0
-        best = max(range(len(waiting)), key=lambda i: waiting[i] if waiting[i] <= room else -1)
-        return best if waiting[best] <= room else CLOSE
+        return _of_best_subset(waiting, room) if fill else 0
     if fill >= limits.expected_num_tokens:
         return CLOSE
     overfull = len(waiting) > limits.max_buffer_size
@@ -68,6 +65,22 @@ def decide_reference(strategy: Strategy, limits: PackLimits, fill: int, waiting:
             if length <= room:
                 return i
     return CLOSE if overfull and fill else DRAW
+
+
+def _of_best_subset(waiting: Sequence[int], room: int) -> int:
+    """Index of the oldest of the waiting samples whose token counts add up to most within `room`; CLOSE: none fits.
+
+    Bit b of a number says that some of the samples have b tokens together: subset sums by dynamic programming.
+    """
+    within = (1 << room + 1) - 1
+    of_rest = [1]  # of the samples from the youngest on, then turned round: of those behind a sample
+    for length in reversed(waiting):
+        of_rest.append(of_rest[-1] | of_rest[-1] << length & within)
+    best = of_rest.pop().bit_length() - 1
+    for i, (length, sums) in enumerate(zip(waiting, reversed(of_rest), strict=True)):
+        if length <= best and sums >> best - length & 1:
+            return i
+    return CLOSE
 
 
 def decide(strategy: Strategy, limits: PackLimits, fill: int, waiting: Sequence[int]) -> int:
@@ -116,8 +129,8 @@ class BinPacker(Generic[E]):
     waiting sample that fits goes before a new draw. An overflow beyond `max_buffer_size` closes the pack.
 
     Best fit: all draws wait, and a pack is made of waiting samples: the oldest, one of every mandatory group that is
-    not in yet, then always the largest that fits. No sample waits for more than `max_buffer_size` + the number of
-    mandatory groups packs.
+    not in yet, then those that fill it best. No sample waits for more than `max_buffer_size` + the number of mandatory
+    groups packs.
     """
 
     def __init__(
@@ -172,7 +185,7 @@ class BinPacker(Generic[E]):
         elif all(entry.group_index != group for entry in self.open):
             fitting = [i for i in waiting if self._fits(self.buffer[i])]
             if fitting:
-                entry = self.buffer.pop(max(fitting, key=lambda i: self.buffer[i].num_tokens))
+                entry = self.buffer.pop(fitting[0])
             elif not waiting:
                 entry = self.fetch(group)
         self.num_mandatory_done += 1

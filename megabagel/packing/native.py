@@ -39,7 +39,7 @@ def _load() -> ModuleType | None:
                 return module
             problem = "is of another version"
     logger.warning(
-        "The C++ planner %s, Python code does its work: same plans, but some 60 ms for a pack of 32k tokens instead "
+        "The C++ planner %s, Python code does its work: same plans, but some 40 ms for a pack of 32k tokens instead "
         "of less than 1 ms. Build it with 'python csrc/build.py' (needs g++).",
         problem,
     )

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import dataclass
+from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from megabagel.packing import native
 from megabagel.packing.binpack import (
+    CLOSE,
     BinPacker,
     PackLimits,
     decide,
@@ -69,7 +71,22 @@ def test_packs_are_fuller_than_greedy_ones():
     for strategy in ("greedy", "best_fit"):
         packer, _ = endless_packer(1, limits, [], strategy)
         fill[strategy] = sum(thing.num_tokens for _ in range(300) for thing in packer.next_pack()) / 300_000
-    assert fill["greedy"] < 0.96 and fill["best_fit"] > 0.99
+    assert fill["greedy"] < 0.96 and fill["best_fit"] > 0.999
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(1, 100))
+def test_the_rest_of_a_pack_is_filled_as_well_as_waiting_samples_can(waiting, fill):
+    limits = PackLimits(80, 100, 60, 50, len(waiting))
+    sets = [c for n in range(1, len(waiting) + 1) for c in combinations(range(len(waiting)), n)]
+    sums = {c: sum(waiting[i] for i in c) for c in sets}
+    fitting = [c for c in sets if sums[c] <= 100 - fill]
+    choice = decide_reference("best_fit", limits, fill, waiting)
+    if not fitting:
+        assert choice == CLOSE
+        return
+    most = max(sums[c] for c in fitting)
+    assert choice == min(c[0] for c in fitting if sums[c] == most)
 
 
 @compiled
@@ -140,6 +157,10 @@ def test_efficiency_of_a_known_sequence():
         pack_sequence("greedy", limits, [1, 101])
     with pytest.raises(ValueError, match="2 lengths come with 1 groups"):
         pack_sequence("greedy", limits, [1, 2], [0])
+    with pytest.raises(ValueError, match=r"holds 101 tokens, but that must lie in 0 .. 100"):
+        decide("best_fit", limits, 101, [1])
+    with pytest.raises(ValueError, match="a waiting sample has 0 tokens"):
+        decide("best_fit", limits, 1, [1, 0])
     with pytest.raises(ValueError, match="strategy is 'worst_fit', but must be 'greedy' or 'best_fit'"):
         pack_sequence("worst_fit", limits, [1])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_random_and_broken_input_is_planned_or_refused_cleanly(fuzz):
-    result = run(fuzz, "1", "8000")
+    result = run(fuzz, "1", "2500")
     assert result.returncode == 0, result.stderr
     assert not result.stderr
 
