@@ -1,5 +1,6 @@
 """Loads the compiled operators, or says once what their absence costs."""
 
+import functools
 import logging
 from pathlib import Path
 
@@ -41,4 +42,15 @@ LOADED = _load()
 
 def has_kernel(name: str, x: Tensor) -> bool:
     """Whether operator `name` is compiled for the device of `x`."""
-    return LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"megabagel::{name}", x.device.type.upper())
+    found = LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"megabagel::{name}", x.device.type.upper())
+    if LOADED and not found and x.is_cuda:
+        _say_without_cuda()
+    return found
+
+
+@functools.cache
+def _say_without_cuda() -> None:
+    logger.warning(
+        "The C++ operators are built without CUDA, PyTorch code does their work: same results, slower, more memory. "
+        "Build them again with 'python csrc/build.py' where nvcc is on PATH or in CUDA_HOME."
+    )

@@ -10,6 +10,7 @@ import torch
 
 from gpu.draw import Draw
 from megabagel.ops.flow import flow_mix, flow_mix_reference
+from megabagel.ops.kv_gather import HeadNorms, kv_gather, kv_gather_reference
 from megabagel.ops.loss_rows import loss_row_gather, loss_row_gather_reference
 from megabagel.ops.rms_norm import rms_norm, rms_norm_reference
 from megabagel.ops.stream import stream_merge, stream_merge_reference, stream_split, stream_split_reference
@@ -78,9 +79,22 @@ def _flow_mix(draw: Draw) -> tuple:
     return floats(tokens * width), grid, floats(tokens, width), floats(tokens), patch, draw.dtype
 
 
+def _kv_gather(draw: Draw) -> tuple:
+    """As many rows of the result as rows, two fifths of them und's; large: the heads of BAGEL-7B."""
+    choose, is_large = draw.random.choice, draw.width > 1000
+    groups, heads, d = (4, 7, 128) if is_large else (choose([1, 2]), choose([1, 3, 7]), choose([32, 64, 80, 128, 256]))
+    streams = draw.rows * 2 // 5 + 1, draw.rows - draw.rows * 2 // 5 + 3
+    und, gen = (draw.floats(rows, groups * (heads + 2) * d) for rows in streams)
+    has_norms = is_large or choose([True, False])
+    norms = HeadNorms(*(draw.floats(d) if has_norms else None for _ in range(4)))
+    cos, sin = (draw.floats(draw.rows, d // 2, dtype=torch.float32, grad=False) for _ in range(2))
+    return und, gen, norms, cos, sin, *draw.placement(sum(streams), draw.rows), heads, d, 1e-6
+
+
 OPS = (
     Op("swiglu", swiglu, swiglu_reference, _swiglu, large=(17_408, 18_944)),
     Op("rms_norm", rms_norm, rms_norm_reference, _rms_norm, large=(34_816, 3577)),
+    Op("kv_gather", kv_gather, kv_gather_reference, _kv_gather),
     Op("flow_mix", flow_mix, flow_mix_reference, _flow_mix, large=(1_000_000, 64)),
     Op("stream_split", stream_split, stream_split_reference, _stream_split, reads_inputs_again=False),
     Op("stream_merge", stream_merge, stream_merge_reference, _stream_merge, reads_inputs_again=False),
