@@ -17,7 +17,8 @@ from torch.nn.functional import pad
 from megabagel.config.schema import Config
 from megabagel.models.embeddings import InputEmbeddings, StreamInputs
 from megabagel.models.flow import FlowTokens, flow_tokens
-from megabagel.models.heads import OutputHeads, RowLosses
+from megabagel.models.heads import ChunkLosses, OutputHeads
+from megabagel.models.loss_rows import loss_rows
 from megabagel.models.routing import Routing, route
 from megabagel.models.specs import block_spec
 from megabagel.models.vision import VisionTower, is_frozen
@@ -50,7 +51,7 @@ class Bagel(MegatronModule):
         self.post_process = post_process = parallel_state.is_pipeline_last_stage(**position)
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         self.share_embeddings_and_output_weights = model.tie_word_embeddings  # read by finalize_model_grads
-        self.tp_cp_group, self.tp_size = groups.tp_cp, groups.tp.size()
+        self.tp_cp_group, self.tp_size, self.tp_rank = groups.tp_cp, groups.tp.size(), groups.tp.rank()
         self.vision = None
         if model.visual_und and (pre_process or (is_frozen(model) and not vp_stage)):
             self.vision = VisionTower(model.vit, config.params_dtype, run.training.recompute_vit)
@@ -70,7 +71,7 @@ class Bagel(MegatronModule):
         )
         if post_process:
             own_lm_head = not (model.tie_word_embeddings and pre_process)
-            self.heads = OutputHeads(config, model, groups.tp, model.layer_variant == "dense", own_lm_head)
+            self.heads = OutputHeads(config, run, groups.tp, own_lm_head)
         if model.tie_word_embeddings and groups.pp.size() > 1 and (pre_process or post_process):
             weight = self.shared_embedding_or_output_weight()
             weight.shared_embedding = True
@@ -84,7 +85,7 @@ class Bagel(MegatronModule):
         """Called by the pipeline schedule with the previous stage's output."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, plan: PackPlan, inputs: StreamInputs | None) -> Tensor | RowLosses:
+    def forward(self, plan: PackPlan, inputs: StreamInputs | None) -> Tensor | ChunkLosses:
         """plan on the CPU; inputs on the device (first and last stage). -> hidden [rows, 1, hidden] or losses."""
         config = self.config
         device = torch.device(next(self.parameters()).device)
@@ -106,8 +107,10 @@ class Bagel(MegatronModule):
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=routing)
         if not self.post_process:
             return hidden
+        shares = (self.tp_rank, self.tp_size) if config.sequence_parallel else (0, 1)
+        rows = loss_rows(chunk, *shares).to(device)
         tied = self.model_config.tie_word_embeddings and self.pre_process
-        return self.heads(hidden, routing, flow, self.shared_embedding_or_output_weight() if tied else None)
+        return self.heads(hidden, routing, rows, flow, self.shared_embedding_or_output_weight() if tied else None)
 
     def _flow(self, routing: Routing, inputs: StreamInputs | None) -> FlowTokens | None:
         """The latent tokens of this rank's chunk; None on a stage without use for them."""

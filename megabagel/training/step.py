@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megabagel.config.schema import TrainingConfig
 from megabagel.models.embeddings import StreamInputs
-from megabagel.models.heads import RowLosses
+from megabagel.models.heads import ChunkLosses
 from megabagel.packing.plan import PackPlan
 from megabagel.training.expert_losses import set_auxiliary_loss_scale
 
@@ -63,14 +63,10 @@ class Losses:
     mse: float | None
 
 
-def _loss(rows: RowLosses, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
+def _loss(losses: ChunkLosses, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
     """This rank's share of the step's loss for a micro-batch, in the form megatron-core's schedules expect."""
-    weights = rows.ce_weights if training.ce_loss_reweighting else torch.ones_like(rows.ce[:-1])
-    # the appended row keeps the heads' weights in the graph and counts nothing
-    ce = (rows.ce * nn.functional.pad(weights, (0, 1))).sum() / max(counts.ce, 1e-12)
-    counted = torch.ones_like(rows.mse)
-    counted[-1] = 0
-    mse = (rows.mse * counted).sum() / max(counts.mse_tokens, 1)
+    ce = losses.ce / max(counts.ce, 1e-12)
+    mse = losses.mse / max(counts.mse_tokens, 1)
     loss = training.ce_weight * ce + training.mse_weight * mse
     tokens = torch.ones((), dtype=torch.int, device=loss.device)  # demanded by the schedule; the loss is normalised
     return loss, tokens, {"ce": ce.detach(), "mse": mse.detach()}

@@ -57,7 +57,7 @@ class Recorder:
             for norm in {id(n): n for n in (stage.heads.und_norm, stage.heads.gen_norm) if n is not None}.values():
                 self._watch("final", norm)
             self._watch("losses", stage.heads)
-            if hasattr(stage.heads, "llm2vae"):
+            if stage.heads.llm2vae is not None:
                 self._watch("velocity", stage.heads.llm2vae)
 
     def _begin(self, _: nn.Module, args: tuple) -> None:
@@ -107,7 +107,9 @@ def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: Stre
         if name == "llm_input" or name.startswith("layer_out."):
             out[name] = streams(*_whole_streams(value[:, 0], stage, chunk.und_length, chunk.gen_length))
         elif name == "final":
-            out["last_hidden_state"] = streams(*calls)
+            out["last_hidden_state"] = streams(
+                *_whole_streams(torch.cat(calls), stage, chunk.und_length, chunk.gen_length)
+            )
         elif name == "vit_last_hidden":
             own = own_vit_tokens(share, stage)
             out[name] = share.vit[own], value[: len(own)]
@@ -116,11 +118,11 @@ def forward_values(recorded: dict[str, list[Tensor]], share: Share, inputs: Stre
         elif name in ("timesteps", "timestep_embeds"):
             out[name] = share.latent[chunk.latents], value[: len(gen_places)]
         elif name == "losses":
-            out["ce"] = ce, value.ce.detach()[:-1]
-            out["mse_mean"] = mse, value.mse.detach()[: len(mse)]
+            out["ce"] = ce, value.ce_rows
+            out["mse_mean"] = mse, _all_rows(value.mse_rows, stage)
         elif name == "velocity":
             target = _target(plan, inputs, stage)[plan.mse_rows[mse_inside]]
-            out["mse"] = mse, (value[:-1] - target).square()
+            out["mse"] = mse, (_all_rows(value, stage) - target).square()
     return {name: (places, rows.cpu()) for name, (places, rows) in out.items()}
 
 
@@ -152,3 +154,12 @@ def _whole_streams(rows: Tensor, stage: Bagel, und_length: int, gen_length: int)
     dist.all_gather(shards, rows.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
     pairs = [s.split([und_length // tp, gen_length // tp]) for s in shards]
     return torch.cat([u for u, _ in pairs]), torch.cat([g for _, g in pairs])
+
+
+def _all_rows(rows: Tensor, stage: Bagel) -> Tensor:
+    """Rows that the tensor-parallel ranks hold some of each, in rank order, where the streams are sharded."""
+    if not stage.config.sequence_parallel:
+        return rows
+    parts = [None] * parallel_state.get_tensor_model_parallel_world_size()
+    dist.all_gather_object(parts, rows.cpu(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts).to(rows.device)
