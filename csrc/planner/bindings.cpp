@@ -3,8 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "planner/binpack.h"
 #include "planner/plan.h"
@@ -17,10 +20,7 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-constexpr const char* kPieceFields[] = {"kind", "length",  "rope_start", "starts_split", "mode",         "loss",
-                                        "rows", "columns", "row_table",  "column_table", "closing_loss", "closing_label"};
-constexpr size_t kNumFields = std::size(kPieceFields);
-static_assert(sizeof(Piece) == kNumFields * sizeof(int64_t), "a piece is one row of the table that Python passes");
+constexpr size_t kNumFields = sizeof(Piece) / sizeof(int64_t);  // a piece is a row of the table that Python passes
 
 template <typename T>
 py::array_t<T> to_numpy(Column<T>& column) {
@@ -82,17 +82,14 @@ std::vector<int64_t> pack_all(const std::string& strategy, const std::array<int6
 
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "The packing planner; megabagel/packing/native.py is its only caller.";
-  m.attr("PIECE_FIELDS") = py::tuple(py::cast(std::vector<std::string>(std::begin(kPieceFields), std::end(kPieceFields))));
-  m.attr("DRAW") = kDraw;
-  m.attr("CLOSE") = kClose;
   m.def("build_plan", &plan_arrays, py::arg("pieces").noconvert(), py::arg("timesteps").noconvert(),
         py::arg("text_ids").noconvert(), py::arg("sample_lens").noconvert(), py::arg("buckets").noconvert(),
         py::arg("geometry"), py::arg("tile"), py::arg("total_length"),
-        "und_length, gen_length and every array of a PackPlan but sample_lens and image_keys. pieces [P, PIECE_FIELDS] "
-        "and the other arrays int64, timesteps [P] float32, all contiguous; geometry: bos, eos, start and end of "
-        "image, sides of the ViT and the latent position table. Raises ValueError.");
+        "und_length, gen_length and every array of a PackPlan but sample_lens and image_keys. pieces [P, 12] (struct "
+        "Piece) and the other arrays int64, timesteps [P] float32, all contiguous; geometry: bos, eos, start and end "
+        "of image, sides of the ViT and the latent position table. Raises ValueError.");
   m.def("decide", &decide_one, py::arg("strategy"), py::arg("limits"), py::arg("fill"), py::arg("waiting"),
-        "Index of the waiting sample to take, DRAW or CLOSE; limits: expected_num_tokens, max_num_tokens, "
+        "Index of the waiting sample to take, -1 (draw) or -2 (close); limits: expected_num_tokens, max_num_tokens, "
         "prefer_buffer_before, max_buffer_size.");
   m.def("pack_sequence", &pack_all, py::arg("strategy"), py::arg("limits"), py::arg("lengths"), py::arg("groups"),
         py::arg("mandatory"), "The pack number of each sample of a known sequence.");

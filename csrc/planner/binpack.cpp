@@ -8,6 +8,8 @@
 namespace megabagel::planner {
 namespace {
 
+constexpr int64_t kMost = int64_t{1} << 40;  // so that no sum of a few token counts overflows
+
 int64_t first_that_fits(const std::vector<int64_t>& waiting, int64_t room) {
   const auto found = std::find_if(waiting.begin(), waiting.end(), [&](int64_t length) { return length <= room; });
   return found == waiting.end() ? -1 : found - waiting.begin();
@@ -206,6 +208,10 @@ int64_t decide(Strategy strategy, const Limits& limits, int64_t fill, const std:
 
 std::vector<int64_t> pack_sequence(Strategy strategy, const Limits& limits, const std::vector<int64_t>& lengths,
                                    const std::vector<int64_t>& groups, const std::vector<int64_t>& mandatory) {
+  if (limits.max_num_tokens > kMost) {
+    throw std::invalid_argument("a pack may hold " + std::to_string(limits.max_num_tokens) +
+                                " tokens, but no sequence has more than " + std::to_string(kMost));
+  }
   if (limits.expected_num_tokens < 1 || limits.expected_num_tokens > limits.max_num_tokens) {
     throw std::invalid_argument("a pack is closed at " + std::to_string(limits.expected_num_tokens) +
                                 " tokens, but that must lie in 1 .. " + std::to_string(limits.max_num_tokens));

@@ -7,6 +7,7 @@ import importlib
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,25 +20,27 @@ from megabagel.packing.splits import TEXT, VAE, VIT, Piece, PlannedSample
 logger = logging.getLogger(__name__)
 
 _NAME = "megabagel.ops._planner"
-_FIELDS = (
-    *("kind", "length", "rope_start", "starts_split", "mode", "loss"),
-    *("rows", "columns", "row_table", "column_table", "closing_loss", "closing_label"),
-)
+_NUM_FIELDS = 12  # of struct Piece in csrc/planner/plan.h
+
+
+def _older_than_its_sources(path: Path) -> bool:
+    """In a checkout only: an installed package has no sources beside it."""
+    sources = (Path(__file__).parents[2] / "csrc" / "planner").glob("*.*")
+    return any(source.stat().st_mtime > path.stat().st_mtime for source in sources)
 
 
 def _load() -> ModuleType | None:
     """The compiled module, or None and one warning that says why and what it costs."""
-    if find_spec(_NAME) is None:
+    spec = find_spec(_NAME)
+    if spec is None:
         problem = "is not built"
+    elif _older_than_its_sources(Path(spec.origin)):
+        problem = "is older than its sources"
     else:
         try:
-            module = importlib.import_module(_NAME)
+            return importlib.import_module(_NAME)
         except ImportError as error:
             problem = f"could not be loaded ({error})"
-        else:
-            if getattr(module, "PIECE_FIELDS", None) == _FIELDS:
-                return module
-            problem = "is of another version"
     logger.warning(
         "The C++ planner %s, Python code does its work: same plans, but some 40 ms for a pack of 32k tokens instead "
         "of less than 1 ms. Build it with 'python csrc/build.py' (needs g++).",
@@ -91,7 +94,7 @@ def _piece_table(pieces: Sequence[Piece], geometry: Geometry) -> tuple[np.ndarra
         values += (p.kind, p.length, p.rope_start, p.starts_split, p.mode, p.loss, rows, columns)
         values += (tables.start(p.kind, rows), tables.start(p.kind, columns))
         values += (label is not None, 0 if label is None else label)
-    return np.array(values, dtype=np.int64).reshape(-1, len(_FIELDS)), _concatenate(tables.arrays)
+    return np.array(values, dtype=np.int64).reshape(-1, _NUM_FIELDS), _concatenate(tables.arrays)
 
 
 class _PositionTables:

@@ -1,12 +1,13 @@
 """The C++ planner says what the Python planner says, for any pack, at any size, without the interpreter's lock."""
 
-import importlib.util
 import logging
+import os
 import random
 import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import numpy as np
 import pytest
@@ -217,12 +218,17 @@ def test_without_a_compiled_planner_there_is_one_warning_and_the_same_plan(monke
     assert native.PLANNER is None
 
 
-def test_a_planner_of_another_version_is_not_used(monkeypatch, caplog, tmp_path):
-    (tmp_path / "_planner.py").write_text("PIECE_FIELDS = ('kind',)\n")
-    spec = importlib.util.spec_from_file_location("_planner", tmp_path / "_planner.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(native, "find_spec", lambda name: spec)
-    monkeypatch.setattr(native.importlib, "import_module", lambda name: module)
+@pytest.mark.parametrize(
+    ("old", "content", "problem"),
+    [(True, b"", "is older than its sources"), (False, b"no library", "could not be loaded")],
+)
+def test_a_planner_that_is_outdated_or_broken_is_not_used(monkeypatch, caplog, tmp_path, old, content, problem):
+    path = tmp_path / f"broken_planner{EXTENSION_SUFFIXES[0]}"
+    path.write_bytes(content)
+    if old:
+        os.utime(path, (0, 0))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(native, "_NAME", "broken_planner")
     assert native._load() is None
-    assert "is of another version" in caplog.text
+    (record,) = caplog.records
+    assert problem in record.getMessage()
