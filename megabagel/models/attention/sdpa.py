@@ -28,7 +28,10 @@ class Block(NamedTuple):
 
 
 class BlockPlan:
-    """Blocks of every problem of a table [P, 5] (see `packing.plan.Problem`)."""
+    """Blocks of every problem of a table [P, 5] (see `packing.plan.Problem`), one call of the kernel for each.
+
+    A call costs some 20 us beside its work: batches of equal shapes were no faster from 100 tokens a problem on.
+    """
 
     def __init__(self, problems: np.ndarray):
         self.blocks = [block for problem in problems.tolist() for block in _blocks(*problem)]
