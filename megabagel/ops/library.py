@@ -42,7 +42,8 @@ LOADED = _load()
 
 def has_kernel(name: str, x: Tensor) -> bool:
     """Whether operator `name` is compiled for the device of `x`."""
-    found = LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"megabagel::{name}", x.device.type.upper())
+    name, key = f"megabagel::{name}", x.device.type.upper()
+    found = LOADED and torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     if LOADED and not found and x.is_cuda:
         _say_without_cuda()
     return found
