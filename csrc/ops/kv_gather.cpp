@@ -121,12 +121,8 @@ const T* data(const std::optional<Tensor>& t) {
 }
 
 void check_order(const char* op, const Tensor& order, const Tensor& inverse, const Tensor& und, const KvSizes& s) {
-  check_index(op, "order", order, und);
-  check_index(op, "inverse", inverse, und);
+  check_kv_order(op, order, inverse, und, s);
   const int64_t rows = s.und_rows + s.gen_rows;
-  STD_TORCH_CHECK(order.is_contiguous() && inverse.is_contiguous() && order.numel() == s.count &&
-                      inverse.numel() == rows,
-                  op, ": order must be contiguous [", s.count, "] and inverse [", rows, "].");
   const int64_t *at = order.const_data_ptr<int64_t>(), *back = inverse.const_data_ptr<int64_t>();
   check_entries(op, "order", at, s.count, 0, rows);
   check_entries(op, "inverse", back, rows, -1, s.count);

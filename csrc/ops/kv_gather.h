@@ -13,7 +13,7 @@ struct KvSizes {
   int64_t groups;              // key heads
   int64_t heads;               // query heads of each key head
   int64_t d;                   // values of a head
-  int64_t width() const { return groups * (heads + 2) * d; }
+  constexpr int64_t width() const { return groups * (heads + 2) * d; }
 };
 
 using HeadNorms = std::array<std::optional<Tensor>, 4>;  // und q, und k, gen q, gen k; [d] each
@@ -42,6 +42,17 @@ inline KvSizes check_kv(const char* op, const Tensor& und, const Tensor& gen, co
                     "] on the device of und.");
   }
   return {und.size(0), gen.size(0), cos.size(0), und.size(1) / ((heads + 2) * d), heads, d};
+}
+
+// Shapes and types of the way there and back; their entries are the matter of each device.
+inline void check_kv_order(const char* op, const Tensor& order, const Tensor& inverse, const Tensor& und,
+                           const KvSizes& sizes) {
+  check_index(op, "order", order, und);
+  check_index(op, "inverse", inverse, und);
+  const int64_t rows = sizes.und_rows + sizes.gen_rows;
+  STD_TORCH_CHECK(order.is_contiguous() && inverse.is_contiguous() && order.numel() == sizes.count &&
+                      inverse.numel() == rows,
+                  op, ": order must be contiguous [", sizes.count, "] and inverse [", rows, "].");
 }
 
 inline void check_kv_gradients(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& und,

@@ -15,19 +15,20 @@ __device__ __forceinline__ float sum_over_warp(float x) {
   return x;
 }
 
-// A block of 32 columns x 8 threads, each of which adds every eighth partial sum of its column.
+// A block of 32 columns x 32 threads, each of which adds every 32nd partial sum of its column.
 template <typename T>
 __global__ void add_partials_kernel(const float* partials, int64_t blocks, int64_t width, T* to) {
-  __shared__ float sums[8][32];
+  __shared__ float sums[32][32];
   const int64_t column = blockIdx.x * int64_t(32) + threadIdx.x;
   float sum = 0.f;
   if (column < width) {
-    for (int64_t b = threadIdx.y; b < blocks; b += 8) sum += partials[b * width + column];
+#pragma unroll 8
+    for (int64_t b = threadIdx.y; b < blocks; b += 32) sum += partials[b * width + column];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0 && column < width) {
-    for (int i = 1; i < 8; ++i) sum += sums[i][threadIdx.x];
+    for (int i = 1; i < 32; ++i) sum += sums[i][threadIdx.x];
     to[column] = from_float<T>(sum);
   }
 }
@@ -36,7 +37,7 @@ __global__ void add_partials_kernel(const float* partials, int64_t blocks, int64
 template <typename T>
 void add_partials(const float* partials, int64_t blocks, int64_t width, T* to, cudaStream_t stream) {
   if (width == 0) return;
-  add_partials_kernel<<<static_cast<unsigned>((width + 31) / 32), dim3(32, 8), 0, stream>>>(partials, blocks, width, to);
+  add_partials_kernel<<<static_cast<unsigned>((width + 31) / 32), dim3(32, 32), 0, stream>>>(partials, blocks, width, to);
 }
 
 }  // namespace megabagel
