@@ -11,6 +11,7 @@ attended, and by the visible pairs alone. The last line is JSON.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -115,6 +116,7 @@ def layers_that_fit(config: Config, plan: PackPlan, device: torch.device) -> int
         bench.run(name)
     one = torch.cuda.max_memory_allocated()
     del bench
+    gc.collect()  # the baseline holds the bench, which holds it
     torch.cuda.empty_cache()
     return max(1, min(MOST_LAYERS, int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory / one)))
 

@@ -37,7 +37,7 @@ SECTIONS = {
     "build": Section("building", 240, False, "compile csrc/ for this GPU"),
     "ops": Section("ops", 120, False, "operators against their references"),
     "attention": Section("attention", 120, True, "attention backends against each other"),
-    "golden": Section("golden", 120, True, "forward values, gradients and training steps of the golden cases"),
+    "golden": Section("golden", 180, True, "forward values, gradients and training steps of the golden cases"),
     "precision": Section("precision", 120, True, "Transformer Engine in BF16 and FP8 against float32"),
     "bandwidth": Section("bandwidth", 60, True, "memory-bound operators beside a plain copy"),
     "layers": Section("layers", 180, True, "tools/bench_layers.py"),

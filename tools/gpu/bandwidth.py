@@ -46,7 +46,7 @@ def measure(op: Op, dtype: torch.dtype, device: torch.device, rate: float, repor
 
     def forward() -> None:
         with torch.no_grad():
-            op.call(*arguments)
+            (op.in_place or op.call)(*arguments)
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(differentiable, wanted, grads, retain_graph=True)

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from gpu.draw import Draw
+from megabagel.ops.cross_entropy import (
+    cross_entropy_gradient_,
+    cross_entropy_gradient_reference_,
+    cross_entropy_statistics,
+    cross_entropy_statistics_reference,
+)
 from megabagel.ops.flow import flow_mix, flow_mix_reference
 from megabagel.ops.kv_gather import HeadNorms, kv_gather, kv_gather_reference
 from megabagel.ops.loss_rows import loss_row_gather, loss_row_gather_reference
@@ -23,6 +29,7 @@ class Op:
 
     For the bandwidth: `large`: rows and width of a call that fills the GPU. `reads_inputs_again`: the backward pass
     reads the inputs beside the gradient. `gathers`: only as many bytes of the first argument are read as are written.
+    `in_place`: what `call` does to a copy of its first argument, to be timed without that copy.
     """
 
     name: str
@@ -32,6 +39,7 @@ class Op:
     large: tuple[int, int] = (34_816, 3584)
     reads_inputs_again: bool = True
     gathers: bool = False
+    in_place: Callable | None = None
 
 
 def _swiglu(draw: Draw) -> tuple:
@@ -60,7 +68,8 @@ def _loss_rows(draw: Draw) -> tuple:
 
 
 def _rms_norm(draw: Draw) -> tuple:
-    width = draw.width + 7  # the gradient of a row of few values is a difference of nearly equal numbers
+    # not less than 8: the gradient of a row of few values is a difference of nearly equal numbers
+    width = draw.width if draw.width > 1000 else draw.random.choice([1, 16]) * draw.width + 7
     return draw.floats(draw.rows, width), draw.floats(width), 1e-6
 
 
@@ -69,7 +78,8 @@ def _flow_mix(draw: Draw) -> tuple:
     grids = []
     while sum(rows * columns for rows, columns in grids) < draw.rows:
         grids.append((draw.random.randint(1, 64), draw.random.randint(1, 64)))
-    tokens, channels, patch = sum(rows * columns for rows, columns in grids), *draw.random.choice([(16, 2), (3, 1)])
+    tokens = sum(rows * columns for rows, columns in grids)
+    channels, patch = (16, 2) if draw.rows > 5000 else draw.random.choice([(16, 2), (3, 1)])
     width = channels * patch**2
 
     def floats(*shape: int) -> torch.Tensor:
@@ -91,9 +101,32 @@ def _kv_gather(draw: Draw) -> tuple:
     return und, gen, norms, cos, sin, *draw.placement(sum(streams), draw.rows), heads, d, 1e-6
 
 
+def _logits(draw: Draw) -> tuple:
+    """Labels may be those of another shard of the classes."""
+    classes = draw.width if draw.width > 1000 else draw.random.choice([1, 17]) * draw.width
+    labels = torch.randint(-1, classes + 2, (draw.rows,), generator=draw.generator, device=draw.device)
+    return draw.floats(draw.rows, classes, grad=False), labels
+
+
+def _logit_gradient(draw: Draw) -> tuple:
+    normalizer, weights = (draw.floats(draw.rows, dtype=torch.float32, grad=False) for _ in range(2))
+    return *_logits(draw), normalizer, weights
+
+
+def _on_a_copy(function: Callable) -> Callable:
+    """The function that writes into its first argument, as one that returns a new tensor."""
+
+    def call(first: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        out = first.clone()
+        function(out, *rest)
+        return out
+
+    return call
+
+
 OPS = (
     Op("swiglu", swiglu, swiglu_reference, _swiglu, large=(17_408, 18_944)),
-    Op("rms_norm", rms_norm, rms_norm_reference, _rms_norm, large=(34_816, 3577)),
+    Op("rms_norm", rms_norm, rms_norm_reference, _rms_norm, large=(34_816, 3584)),
     Op("kv_gather", kv_gather, kv_gather_reference, _kv_gather),
     Op("flow_mix", flow_mix, flow_mix_reference, _flow_mix, large=(1_000_000, 64)),
     Op("stream_split", stream_split, stream_split_reference, _stream_split, reads_inputs_again=False),
@@ -105,5 +138,20 @@ OPS = (
         _loss_rows,
         reads_inputs_again=False,
         gathers=True,
+    ),
+    Op(
+        "cross_entropy_statistics",
+        cross_entropy_statistics,
+        cross_entropy_statistics_reference,
+        _logits,
+        large=(2048, 152_064),
+    ),
+    Op(
+        "cross_entropy_gradient_",
+        _on_a_copy(cross_entropy_gradient_),
+        _on_a_copy(cross_entropy_gradient_reference_),
+        _logit_gradient,
+        large=(2048, 152_064),
+        in_place=cross_entropy_gradient_,
     ),
 )
