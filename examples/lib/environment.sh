@@ -20,18 +20,19 @@ prepare_environment() {
     local extra="${1:-}" prefix stamp
     choose_python
     prefix="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
-    # Installed again only when setup.py, csrc/, the place of this repository or the extra changes.
-    stamp="$prefix/.megabagel-$("$PYTHON" - "$REPOSITORY" "$extra" <<'PY'
+    # Installed again only when setup.py, csrc/, MEGABAGEL_CUDA_ARCHS, the place of this repository or the extra changes.
+    stamp="$prefix/.megabagel-$("$PYTHON" - "$REPOSITORY" "$extra" "${MEGABAGEL_CUDA_ARCHS-default}" <<'PY'
 import hashlib, pathlib, sys
-repository, extra = sys.argv[1:]
+repository, extra, archs = sys.argv[1:]
 sources = [path for path in sorted(pathlib.Path(repository, "csrc").rglob("*")) if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py")]
 content = b"".join(path.read_bytes() for path in [pathlib.Path(repository, "setup.py"), *sources])
-print(hashlib.sha256(content + repository.encode() + extra.encode()).hexdigest()[:16])
+print(hashlib.sha256(content + f"{repository} {extra} {archs}".encode()).hexdigest()[:16])
 PY
 )"
     if [[ -e "$stamp" ]] && has_torch "$PYTHON"; then return; fi
     check_machine "$prefix"
     install "$extra"
+    rm -f "$prefix"/.megabagel-* 2>/dev/null || true  # of what was installed before
     touch "$stamp" 2>/dev/null || true  # a read-only environment is checked again next time
 }
 
