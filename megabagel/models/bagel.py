@@ -99,6 +99,7 @@ class Bagel(MegatronModule):
             self.model_config.rotary_base,
             self.kernels.attention_backend,
             device,
+            config.params_dtype,
         )
         flow = self._flow(routing, inputs)
         hidden = None

@@ -10,8 +10,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megabagel.models.attention import AttentionPlan, prepare_attention
 from megabagel.models.rotary import rotary_table
-from megabagel.models.split_attention import AttentionPlan, prepare_attention
 from megabagel.packing.chunk import Chunk
 from megabagel.packing.plan import PackPlan
 
@@ -53,8 +53,12 @@ def route(
     rotary_base: float,
     backend: str,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> Routing:
-    """Derive the routing of `plan` and put it on `device`; `chunk` is chunk `rank` of `ranks`, both on the CPU."""
+    """Derive the routing of `plan` and put it on `device`; `chunk` is chunk `rank` of `ranks`, both on the CPU.
+
+    `dtype` is that of queries, keys and values.
+    """
     und, gen = (torch.arange(index.numel()) for index in (plan.und_index, plan.gen_index))
     length = chunk.und_length + chunk.gen_length
     row_of = torch.empty(plan.sequence_length, dtype=torch.int64)
@@ -79,5 +83,5 @@ def route(
         placement=placement,
         order=order.to(device),
         inverse=inverse.to(device),
-        attention=prepare_attention(plan.problems, plan.sequence_length, backend, device),
+        attention=prepare_attention(plan.problems, plan.sequence_length, backend, device, dtype),
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabagel.config.schema import ModelConfig, VisionConfig
-from megabagel.models.split_attention import AttentionPlan, plan_attention, split_attention
+from megabagel.models.attention import AttentionPlan, prepare_attention
 
 
 def is_frozen(model: ModelConfig) -> bool:
@@ -29,7 +29,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         q, k, v = (proj(x).view(len(x), self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(split_attention(q, k, v, plan).reshape(x.shape))
+        return self.out_proj(plan(q, k, v).reshape(x.shape))
 
 
 # Under the names of Hugging Face configurations; importing theirs takes seconds in every process.
@@ -80,9 +80,11 @@ class VisionTower(nn.Module):
 
     def forward(self, patches: Tensor, position_ids: Tensor, seqlens: list[int]) -> Tensor:
         """patches [n, p*p*3] (row, column, channel), position_ids [n], tokens per image -> [n, hidden]."""
-        images = torch.arange(len(patches)).split(seqlens)
-        plan = plan_attention([(rows, rows, False) for rows in images], len(patches)).to(patches.device)
         x = self.patch_embedding(patches) + self.position_embedding(position_ids)
+        lengths = torch.tensor(seqlens, dtype=torch.int64)
+        starts, none = lengths.cumsum(0) - lengths, torch.zeros_like(lengths)
+        images = torch.stack([starts, lengths, starts, none, none], dim=1)  # full attention without a prefix
+        plan = prepare_attention(images, len(x), "auto", x.device, x.dtype)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, plan, use_reentrant=False, preserve_rng_state=False)

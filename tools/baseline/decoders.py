@@ -48,7 +48,7 @@ class TwoStreams(nn.Module):
         head_dim = model.hidden_size // model.num_attention_heads
         backend = self.config.kernels.attention_backend
         chunk = chunk_of(self.plan, 0, 1)
-        routing = route(self.plan, chunk, 0, 1, head_dim, model.rotary_base, backend, x.device)
+        routing = route(self.plan, chunk, 0, 1, head_dim, model.rotary_base, backend, x.device, x.dtype)
         rows = stream_split(x, self.inverse, self.order)[:, None]
         out = self.block(hidden_states=rows, attention_mask=None, packed_seq_params=routing)
         return stream_merge(out[:, 0], self.order, self.inverse)
