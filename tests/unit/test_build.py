@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -154,6 +154,39 @@ def test_packaging_goes_on_without_a_compiler_but_not_with_one_that_fails(build,
     done = subprocess.run(command, cwd=_project(build), env=environment, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert ("nothing is compiled" if code == 0 else "megabagel: a compilation failed") in done.stderr
+
+
+def load_copy_of_the_loader(tmp_path: Path) -> ModuleType:
+    """megabagel/ops/library.py beside whatever the test has put there."""
+    path = tmp_path / "megabagel" / "ops" / "library.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "megabagel" / "ops" / "library.py", path)
+    spec = importlib.util.spec_from_file_location("library_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_operators_that_are_older_than_a_source_are_not_used(tmp_path, caplog):
+    (tmp_path / "megabagel" / "ops").mkdir(parents=True)
+    (tmp_path / "csrc" / "ops").mkdir(parents=True)
+    (tmp_path / "megabagel" / "ops" / "_device.so").touch()
+    (tmp_path / "csrc" / "ops" / "new.cu").touch()
+    os.utime(tmp_path / "megabagel" / "ops" / "_device.so", (1, 1))
+    assert not load_copy_of_the_loader(tmp_path).LOADED
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The C++ operators are older than their sources, PyTorch code does their")
+    assert record.getMessage().endswith("Build them with 'python csrc/build.py' (needs g++).")
+
+
+def test_operators_without_cuda_are_named_once_when_a_gpu_asks_for_them(tmp_path, caplog):
+    loader = load_copy_of_the_loader(tmp_path)
+    caplog.clear()
+    loader.LOADED = True
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_cuda=True)
+    assert not any(loader.has_kernel(name, on_gpu) for name in ("no_such_operator", "nor_this_one"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("The C++ operators are built without CUDA, PyTorch code does their work")
 
 
 def check_cuda(*arguments: object) -> tuple[subprocess.CompletedProcess, dict]:
