@@ -33,8 +33,8 @@ inline void check_index(const char* op, const char* name, const Tensor& index, c
                   " must be on the device of the rows.");
 }
 
-// Every entry must lie in [least, bound). On the CPU only: a CUDA kernel treats others as absent rows, and the Python
-// function checks an index once where it enters the device.
+// Every entry must lie in [least, bound). On the CPU only: on CUDA it would wait for the device, there a kernel treats
+// other entries as absent rows.
 inline void check_entries(const char* op, const char* name, const int64_t* index, int64_t count, int64_t least,
                           int64_t bound) {
   for (int64_t i = 0; i < count; ++i) {

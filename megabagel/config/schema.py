@@ -90,12 +90,12 @@ class DataConfig:
 
     dataset_config_file: str | None = None
     tokenizer: str | None = None  # folder with tokenizer.json; null: the BAGEL folder given in checkpoint.init_from
-    expected_num_tokens: int = 32768  # a pack is closed once it holds this many tokens
+    expected_num_tokens: int = 32768  # greedy: a pack is closed once it holds this many tokens
     max_num_tokens: int = 36864  # and never holds more than this many
     max_num_tokens_per_sample: int = 16384
-    prefer_buffer_before: int = 16384  # below this fill, waiting over-long samples are tried first
+    prefer_buffer_before: int = 16384  # greedy: below this fill, samples that wait are tried first
     max_buffer_size: int = 50  # over-long samples that wait for the next pack
-    packing: Literal["greedy", "best_fit"] = "greedy"  # of waiting samples, the oldest that fits or the largest
+    packing: Literal["greedy", "best_fit"] = "greedy"  # take waiting samples in turn, or those that fill a pack best
     text_cond_dropout_prob: float = 0.1  # a condition is left out this often, for guidance
     vit_cond_dropout_prob: float = 0.3  # the same for ViT pictures
     vae_cond_dropout_prob: float = 0.3  # the same for clean VAE pictures

@@ -18,6 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import ParallelConfig
 from megabagel.runtime import cpu_megatron
+from megabagel.runtime.host_memory import keep_freed_blocks
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -78,6 +79,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     """
     cpu_megatron.install()
     device = _device()
+    if device.type == "cpu":
+        keep_freed_blocks()
     _start_process_group(device)
     world_size = dist.get_world_size()
     sizes = _megatron_arguments(parallel)

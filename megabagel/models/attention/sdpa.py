@@ -1,7 +1,8 @@
 """Attention on the CPU that computes exactly the visible blocks: the reference and the default there.
 
-A problem is a full rectangle over its prefix and a square on its own rows, one rectangle where both are one run. The
-parts of a query are merged by their log-sum-exp, and the backward pass of each uses the merged result (FlashAttention).
+A problem is one rectangle over its prefix and its own rows, put together where they are not one run; a causal one is a
+rectangle over its prefix and a triangle on its own rows. The parts of a query are merged by their log-sum-exp, and the
+backward pass of each uses the merged result (FlashAttention).
 """
 
 from typing import NamedTuple
@@ -16,13 +17,14 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 
 class Block(NamedTuple):
-    """Queries and keys that see each other; with `causal` both are the same rows, lower-triangular.
+    """Queries and keys, the rows of one or two runs, that see each other; with `causal` both are the same rows,
+    lower-triangular.
 
     `merges`: the queries have been in an earlier block.
     """
 
     queries: slice
-    keys: slice
+    keys: tuple[slice, ...]
     causal: bool
     merges: bool
 
@@ -43,13 +45,20 @@ class BlockPlan:
 
 def _blocks(start: int, length: int, prefix_start: int, prefix_length: int, causal: int) -> list[Block]:
     rows = slice(start, start + length)
-    causal = bool(causal) and length > 1
-    if not prefix_length:
-        return [Block(rows, rows, causal, False)]
     prefix = slice(prefix_start, prefix_start + prefix_length)
-    if prefix.stop == start and not causal:
-        return [Block(rows, slice(prefix_start, rows.stop), False, False)]
-    return [Block(rows, prefix, False, False), Block(rows, rows, causal, True)]
+    if causal and length > 1:
+        before = [Block(rows, (prefix,), False, False)] if prefix_length else []
+        return [*before, Block(rows, (rows,), True, bool(before))]
+    if prefix_length and prefix.stop != start:
+        return [Block(rows, (prefix, rows), False, False)]
+    return [Block(rows, (slice(start - prefix_length, rows.stop),), False, False)]
+
+
+def _rows(x: Tensor, runs: tuple[slice, ...]) -> Tensor:
+    """Rows of a view by group; heads that repeat keys are not copied."""
+    if len(runs) == 1:
+        return x[:, :, runs[0]]
+    return torch.cat([x[:, :1, run] for run in runs], dim=2).expand(-1, x.shape[1], -1, -1)
 
 
 def _by_group(x: Tensor, kv_heads: int, group: int) -> Tensor:
@@ -69,7 +78,7 @@ class _BlockAttention(torch.autograd.Function):
         queries, results, sums = (_by_group(x, *shape) for x in (q, out, logsumexp.unsqueeze(2)))
         keys, values = (_by_group(x, *shape) for x in (k, v))
         for rows, columns, causal, merges in blocks:
-            part, part_sum = _forward(queries[:, :, rows], keys[:, :, columns], values[:, :, columns], 0.0, causal)
+            part, part_sum = _forward(queries[:, :, rows], _rows(keys, columns), _rows(values, columns), 0.0, causal)
             result, total, part_sum = results[:, :, rows], sums[:, :, rows], part_sum.unsqueeze(3)
             if merges:
                 part = torch.lerp(result.to(total.dtype), part.to(total.dtype), torch.sigmoid(part_sum - total))
@@ -92,10 +101,12 @@ class _BlockAttention(torch.autograd.Function):
         keys, values = (_by_group(x, *shape) for x in (k, v))
         sums = _by_group(logsumexp.unsqueeze(2), *shape).squeeze(3)
         for rows, columns, causal, merges in ctx.blocks:
-            inputs = (x[:, :, at] for x, at in ((grads, rows), (queries, rows), (keys, columns), (values, columns)))
+            inputs = (grads[:, :, rows], queries[:, :, rows], _rows(keys, columns), _rows(values, columns))
             parts = _backward(*inputs, results[:, :, rows], sums[:, :, rows], 0.0, causal)
             query_grad = query_grads[:, :, rows]
             query_grad.add_(parts[0]) if merges else query_grad.copy_(parts[0])
             for total, part in ((dk, parts[1]), (dv, parts[2])):
-                total[columns].add_(part.sum(1, dtype=total.dtype).transpose(0, 1))
+                lengths = [run.stop - run.start for run in columns]
+                for run, piece in zip(columns, part.split(lengths, dim=2), strict=True):
+                    total[run].add_(piece.sum(1, dtype=total.dtype).transpose(0, 1))
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
