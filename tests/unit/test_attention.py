@@ -26,7 +26,8 @@ from megabagel.models.attention.flex import FlexPlan, block_mask, padded_length
 from megabagel.models.attention.gather import RowGather
 from megabagel.models.attention.sdpa import BlockPlan
 from megabagel.models.attention.sdpa_loop import LoopPlan
-from megabagel.models.attention.varlen import VarlenCall, VarlenPlan
+from megabagel.models.attention.varlen import VarlenPlan
+from megabagel.models.attention.varlen_kernels import VarlenCall
 from megabagel.packing.plan import CAUSAL, NOISE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

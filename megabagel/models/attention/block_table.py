@@ -39,7 +39,7 @@ def touched_blocks(problems: np.ndarray, blocks: int, block: int) -> tuple[np.nd
     # pieces: what one row of blocks holds of one problem
     first, last = start // block, (start + size - 1) // block
     of = np.repeat(np.arange(len(problems)), last - first + 1)
-    row = _runs(first, last - first + 1)
+    row = runs(first, last - first + 1)
     begin = np.maximum(start[of], row * block)
     end = np.minimum((start + size)[of], (row + 1) * block)
     some_end = np.where(causal[of] == 1, end, (start + size)[of])  # what some row of the piece sees
@@ -53,7 +53,7 @@ def touched_blocks(problems: np.ndarray, blocks: int, block: int) -> tuple[np.nd
     for low, some, every in ((own_begin, some_end, all_end), (prefix_begin, prefix_end, prefix_end)):
         columns = np.where(some > low, -(-some // block) - low // block, 0)
         piece = np.repeat(np.arange(len(of)), columns)
-        column = _runs(low // block, columns)
+        column = runs(low // block, columns)
         inside = (column * block >= low[piece]) & ((column + 1) * block <= every[piece])
         keys.append(row[piece] * blocks + column)
         rows_that_see_all.append(np.where(inside, (end - begin)[piece], 0))
@@ -73,7 +73,7 @@ def block_lists(rows: np.ndarray, columns: np.ndarray, blocks: int) -> BlockList
     return BlockLists(counts.astype(np.int32), listed)
 
 
-def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start .. start + length of every run, one after the other."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

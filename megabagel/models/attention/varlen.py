@@ -3,25 +3,13 @@
 Here is the index logic alone; which kernel there is, is in `varlen_kernels.py`.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from megabagel.models.attention.block_table import runs
 from megabagel.models.attention.gather import RowGather
-from megabagel.models.attention.varlen_kernels import VarlenKernel
-
-
-@dataclass(frozen=True)
-class VarlenCall:
-    """What a kernel is told beside queries, keys and values: cumulative lengths int32 [problems + 1] of both."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_kv: Tensor
-    max_seqlen_q: int
-    max_seqlen_kv: int
-    causal: bool  # aligned at the lower right
+from megabagel.models.attention.varlen_kernels import VarlenCall, VarlenKernel
 
 
 class VarlenPlan:
@@ -41,9 +29,9 @@ class VarlenPlan:
                 self.calls.append(_call(length[of_kind], (prefix_length + length)[of_kind], kind, device))
                 self.query_rows.append(int(length[of_kind].sum()))
                 self.key_rows.append(int((prefix_length + length)[of_kind].sum()))
-        queries = _runs(start, length)
+        queries = runs(start, length)
         # prefix and own rows of each problem, one after the other
-        keys = _runs(np.stack([prefix_start, start], 1).ravel(), np.stack([prefix_length, length], 1).ravel())
+        keys = runs(np.stack([prefix_start, start], 1).ravel(), np.stack([prefix_length, length], 1).ravel())
         back = np.empty_like(queries)
         back[queries] = np.arange(queries.size)
         self.gather_queries, self.gather_keys, self.give_back = (
@@ -69,9 +57,3 @@ def _call(query_lengths: np.ndarray, key_lengths: np.ndarray, causal: bool, devi
     cumulative = (np.append(0, np.cumsum(lengths)).astype(np.int32) for lengths in (query_lengths, key_lengths))
     on_device = (torch.from_numpy(lengths).to(device) for lengths in cumulative)
     return VarlenCall(*on_device, int(query_lengths.max()), int(key_lengths.max()), causal)
-
-
-def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start .. start + length of every run, one after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

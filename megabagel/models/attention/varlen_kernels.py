@@ -5,18 +5,27 @@ In order of preference: flash-attn, Transformer Engine, torch's own. They are im
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megabagel.models.attention.varlen import VarlenCall
+
+@dataclass(frozen=True)
+class VarlenCall:
+    """What a kernel is told beside queries, keys and values: cumulative lengths int32 [problems + 1] of both."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_kv: Tensor
+    max_seqlen_q: int
+    max_seqlen_kv: int
+    causal: bool  # aligned at the lower right
+
 
 # (q [queries, heads, d], k and v [keys, kv heads, d], lengths) -> [queries, heads, d]
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, "VarlenCall"], Tensor]
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, VarlenCall], Tensor]
 
 _TORCH = "torch.nn.attention.varlen"
 
@@ -39,7 +48,7 @@ def find_kernel(device: torch.device) -> VarlenKernel | None:
     return None
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, call: "VarlenCall") -> Tensor:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
     """flash-attn 2.1 or newer, which aligns a causal mask at the lower right."""
     from flash_attn import flash_attn_varlen_func
 
@@ -56,7 +65,7 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, call: "VarlenCall") -> Tensor:
     )
 
 
-def transformer_engine(q: Tensor, k: Tensor, v: Tensor, call: "VarlenCall") -> Tensor:
+def transformer_engine(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
     """Transformer Engine's DotProductAttention on packed tokens; it chooses between its own backends."""
     attention = _transformer_engine_attention(q.shape[1], k.shape[1], q.shape[2])
     out = attention(
@@ -80,7 +89,7 @@ def _transformer_engine_attention(heads: int, kv_heads: int, head_dim: int) -> t
     return DotProductAttention(heads, head_dim, num_gqa_groups=kv_heads, attention_dropout=0.0, qkv_format="thd")
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: "VarlenCall") -> Tensor:
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: VarlenCall) -> Tensor:
     """torch's flash attention over packed tokens, torch 2.10 or newer."""
     from torch.nn.attention.varlen import varlen_attn
 
