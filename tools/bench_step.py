@@ -6,7 +6,7 @@ and scatter around every linear, and a dense mask per sample.
 
 Both have the same weights and give the same outputs and gradients, which is checked first. The floor is what the
 matrix products alone would take: those of the linears and of the unmasked part of attention, at the rate of a square
-product measured in the same run. Memory is the peak of a process of its own. The last line is JSON.
+product measured right before and after each step. Memory is the peak of a process of its own. The last line is JSON.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
@@ -104,24 +104,26 @@ def main() -> None:
         print(peak_memory(lambda: step(models[arguments.memory_of], x, grad)))
         return
     print(f"{x.shape[0]} tokens; largest relative difference of both: {check_equal(models, x, grad):.1e}")
-    rate = gemm_rate()
-    seconds = {name: [] for name in models}
+    seconds, shares = ({name: [] for name in models} for _ in range(2))
+    rates = [gemm_rate()]
     for _ in range(arguments.repeats):
         for name, model in models.items():
             start = time.perf_counter()
             step(model, x, grad)
             seconds[name].append(time.perf_counter() - start)
-    floor = flops / rate
+            rates.append(gemm_rate())
+            shares[name].append(flops / mean(rates[-2:]) / seconds[name][-1])
     memory = {name: memory_alone(sys.argv[1:], name) for name in models}
-    print(f"floor {floor:.2f} s: {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s of a square product")
+    print(f"floor {flops / median(rates):.2f} s: {flops / 1e9:.0f} GFLOP at {median(rates) / 1e9:.0f} GFLOP/s")
     for name, times in seconds.items():
         spread = f"median {median(times):.2f} s ({min(times):.2f} to {max(times):.2f})"
-        print(f"{name}: {spread}, {floor / median(times):.0%} of the floor's rate, {memory[name]:.0f} MiB")
+        share = f"{median(shares[name]):.0%} of the floor's rate ({min(shares[name]):.0%} to {max(shares[name]):.0%})"
+        print(f"{name}: {spread}, {share}, {memory[name]:.0f} MiB")
     ours, theirs = models
     ratios = {
         "speed-up over gather and scatter": median(seconds[theirs]) / median(seconds[ours]),
-        "share of the floor": floor / median(seconds[ours]),
-        "share of the floor, gather and scatter": floor / median(seconds[theirs]),
+        "share of the floor": median(shares[ours]),
+        "share of the floor, gather and scatter": median(shares[theirs]),
         "peak memory against gather and scatter": memory[ours] / memory[theirs],
     }
     units = dict.fromkeys(ratios, "ratio")

@@ -167,9 +167,9 @@ def test_what_a_process_keeps_is_what_the_formulas_say():
     for kind in STATE:
         assert getattr(report, kind) == pytest.approx(getattr(expected, kind), rel=1e-3)
     assert report.mlp_parameters == 2 * 8 * 2 * 3 * 128 * 704
-    # at least what the formula counts for fused operations, and no more than twice that
+    # at least what the formula counts, and little more: logarithms of sums, row statistics, the ends of the model
     kept = 512 * 8 * memory_formula.activation_bytes_per_row(config.model, 1, False, None)
-    assert kept < report.activations < 2 * kept
+    assert kept < report.activations < 1.2 * kept
     assert sum(report.sent.values()) == 0
 
 
