@@ -145,10 +145,10 @@ def memory(model: ModelConfig, parallel: ParallelConfig, processes: int) -> Memo
 def activation_bytes_per_row(model: ModelConfig, tp: int, sequence_parallel: bool, recompute: str | None) -> float:
     """bf16 bytes kept for the backward pass per layer and row of a context chunk, norms and attention being fused.
 
-    Without recomputation: the inputs and outputs of both norms (8 h bytes, split under sequence parallelism only); q,
-    k, v as projected and in attention order, attention's result and the projection's input (8 h + 8 kv); the gated MLP's
-    two halves and their product (6 f). Selective (core_attn, mlp, layernorm): the layer's two inputs, q, k, v twice and
-    the projection's input. Full: one input.
+    Without recomputation: inputs and outputs of both norms (8 h bytes, split under sequence parallelism only); q, k, v
+    as projected and in attention order, attention's result and the projection's input (8 h + 8 kv); the two halves of
+    the gated MLP and their product (6 f). Selective (core_attn, mlp, layernorm): the layer's two inputs, q, k, v twice
+    and the projection's input. Full: one input.
     """
     h, ffn = model.hidden_size, model.ffn_hidden_size
     kv = model.num_query_groups * (h // model.num_attention_heads)
