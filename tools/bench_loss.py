@@ -1,7 +1,7 @@
 """The loss of the vocabulary head, forward and backward: rows taken and loss computed in chunks against full logits.
 
     python tools/bench_loss.py
-    python tools/bench_loss.py --rows 16384 --chunk-rows 2048 --hidden 256 --without plain
+    python tools/bench_loss.py --rows 16384 --chunk-rows 2048 --hidden 64 --without plain
     python tools/bench_loss.py --device cuda --dtype bf16 --rows 16384 --chunk-rows 2048 --hidden 3584
 
 "full" projects all rows at once and computes the loss as megatron-core does: float32 logits that become the softmax and
