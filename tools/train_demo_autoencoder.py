@@ -21,7 +21,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabagel.config.autoencoder import AutoencoderConfig
-from megabagel.models.autoencoder import PARAMS_NAME, WEIGHTS_NAME, Autoencoder, ResnetBlock, load_autoencoder
+from megabagel.config.folder import AUTOENCODER_PARAMS
+from megabagel.models.autoencoder import WEIGHTS_NAME, Autoencoder, ResnetBlock, load_autoencoder
 from tools.demo.emojis import is_held_out, list_emojis, render_emoji
 from tools.demo.packages import fetch_packages
 from tools.demo.questions import vqa_pictures
@@ -235,7 +236,7 @@ def save(model: Autoencoder, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(state, out / WEIGHTS_NAME)
-    (out / PARAMS_NAME).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    (out / AUTOENCODER_PARAMS).write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- training

@@ -16,13 +16,13 @@ from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.checkpoint.upcycling import Upcycled, dense_twin
+from megabagel.config.folder import LATENT_TABLE, VIT_TABLE
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
 from megabagel.models.expert_mark import is_expert
 
 AnySource = SafetensorsFolder | Pretrained | Scratch | Upcycled
 
-LATENT_TABLE, VIT_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 logger = logging.getLogger(__name__)
 
 

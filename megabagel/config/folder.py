@@ -17,7 +17,8 @@ from megabagel.config.schema import ModelConfig
 
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
 LATENT_TABLE, VIT_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
-_VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
+AUTOENCODER_PARAMS = "ae_params.json"
+LAYER_VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
 _LLM = {  # ModelConfig field -> key of llm_config.json
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -69,7 +70,7 @@ def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
 
 def read_autoencoder_config(folder: Path) -> AutoencoderConfig | None:
     """The autoencoder's shape from `ae_params.json` in `folder`; None when there is no such file."""
-    path = folder / "ae_params.json"
+    path = folder / AUTOENCODER_PARAMS
     if not path.is_file():
         return None
     params = _read(path)
@@ -110,9 +111,9 @@ def _layer_variant(llm: dict, top: dict, root: Path, base: ModelConfig) -> str:
     name = llm.get("layer_module") or top.get("llm_config", {}).get("layer_module")
     if name is None:
         return base.layer_variant
-    if name not in _VARIANTS:
-        raise ConfigError(f"{root}: layer_module `{name}` is unknown; known are {', '.join(_VARIANTS)}.")
-    return _VARIANTS[name]
+    if name not in LAYER_VARIANTS:
+        raise ConfigError(f"{root}: layer_module `{name}` is unknown; known are {', '.join(LAYER_VARIANTS)}.")
+    return LAYER_VARIANTS[name]
 
 
 def _read(path: Path, optional: bool = False) -> dict[str, Any]:

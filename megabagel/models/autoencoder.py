@@ -3,7 +3,6 @@
 Pictures to latents and back, latents to tokens and back. It is not parallel and, inside megabagel, never trained.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megabagel.config.autoencoder import AutoencoderConfig
+from megabagel.config.folder import read_autoencoder_config
 
 WEIGHTS_NAME = "ae.safetensors"
-PARAMS_NAME = "ae_params.json"
 NORM_EPS = 1e-6
 
 
@@ -198,19 +197,6 @@ def unpatchify(tokens: Tensor, h: int, w: int, p: int) -> Tensor:
     return grid.permute(4, 0, 2, 1, 3).reshape(z, h, w)
 
 
-def read_config(params_file: Path) -> AutoencoderConfig:
-    """The config of `ae_params.json`, or the released FLUX one when there is no such file."""
-    if not params_file.exists():
-        return AutoencoderConfig()
-    params = json.loads(params_file.read_text(encoding="utf-8"))
-    unknown = sorted(set(params) - set(AutoencoderConfig.__dataclass_fields__))
-    if unknown:
-        raise AutoencoderError(f"{params_file}: unknown autoencoder keys {unknown}.")
-    if "ch_mult" in params:
-        params["ch_mult"] = tuple(params["ch_mult"])
-    return AutoencoderConfig(**params)
-
-
 def load_autoencoder(path: str | Path) -> Autoencoder:
     """Read `ae.safetensors` (a file, or the folder that holds it) and the `ae_params.json` beside it."""
     path = Path(path)
@@ -218,7 +204,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     if not weights.is_file():
         raise AutoencoderError(f"No autoencoder weights at {weights}.")
     with torch.device("meta"):
-        model = Autoencoder(read_config(weights.parent / PARAMS_NAME))
+        model = Autoencoder(read_autoencoder_config(weights.parent) or AutoencoderConfig())
     state = _read_weights(weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     model.load_state_dict(state, strict=True, assign=True)
     return model.requires_grad_(False).eval()

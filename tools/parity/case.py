@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megabagel.config.checks import check_layout
-from megabagel.config.folder import read_model_config
+from megabagel.config.folder import LAYER_VARIANTS, read_model_config
 from megabagel.config.schema import (
     CheckpointConfig,
     Config,
@@ -24,7 +24,6 @@ from megabagel.config.schema import (
     TrainingConfig,
 )
 
-_VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
 # fields that the official code takes from its command line: meta.json has the last word
 _MODEL_FIELDS = (
     "connector_act interpolate_pos latent_patch_size max_latent_size timestep_shift visual_und visual_gen "
@@ -91,7 +90,7 @@ def model_config(case: Case) -> ModelConfig:
     model = read_model_config(str(case.checkpoint), ModelConfig())
     changes = {name: described[name] for name in _MODEL_FIELDS if name in described}
     if "layer_module" in described:
-        changes["layer_variant"] = _VARIANTS[described["layer_module"]]
+        changes["layer_variant"] = LAYER_VARIANTS[described["layer_module"]]
     if "qk_norm" in described:
         changes["qk_layernorm"] = described["qk_norm"]
     vit = {}
