@@ -1,4 +1,4 @@
-"""Fills a model stage from released weights: a BAGEL folder, Qwen2.5 and SigLIP folders, or from scratch.
+"""Fills a model stage from weights: a BAGEL folder, a checkpoint of ours, Qwen2.5 and SigLIP folders, or from scratch.
 
 Every rank reads only the slices that it holds. Run checkpoints (optimizer, moving average) are not this file's matter.
 """
@@ -6,6 +6,7 @@ Every rank reads only the slices that it holds. Run checkpoints (optimizer, movi
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,14 +15,15 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
+from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.checkpoint.upcycling import Upcycled, dense_twin
-from megabagel.config.folder import LATENT_TABLE, VIT_TABLE
+from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, is_checkpoint
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
 from megabagel.models.expert_mark import is_expert
 
-AnySource = SafetensorsFolder | Pretrained | Scratch | Upcycled
+AnySource = SafetensorsFolder | TorchDistSource | Pretrained | Scratch | Upcycled
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,10 @@ def open_source(config: Config) -> AnySource:
     scratch = Scratch(config.training.seed, model.init_std)
     if wanted.init_from:
         other = "model" if wanted.init_weights == "ema" else "ema"
-        source = SafetensorsFolder(wanted.init_from, (wanted.init_weights, other))
+        if is_checkpoint(Path(wanted.init_from)):
+            source = TorchDistSource(wanted.init_from, model, wanted.init_weights)
+        else:
+            source = SafetensorsFolder(wanted.init_from, (wanted.init_weights, other))
     elif wanted.init_llm or wanted.init_vit:
         llm, vit = (SafetensorsFolder(f) if f else None for f in (wanted.init_llm, wanted.init_vit))
         source = Pretrained(llm, vit, scratch)

@@ -17,6 +17,7 @@ from megabagel.runtime import rng
 
 Shape = tuple[int, ...]
 PATCH_EMBEDDING = "vit_model.vision_model.embeddings.patch_embedding.weight"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 22  # values drawn at a time
 
 
@@ -71,6 +72,19 @@ class SafetensorsFolder:
 
     def holds(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the tensors are in several files."""
+        return len(set(self._file_of.values())) > 1
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._file_of[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises CheckpointError when there is no such tensor."""
+        return DTYPES[self._slice(name).get_dtype()]
 
     def _slice(self, name: str):
         if name not in self._file_of:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megabagel.config.datasets import EDIT, T2I, VLM, GroupConfig, ImageTransformArgs, load_dataset_groups
 from megabagel.config.errors import ConfigError
-from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, read_autoencoder_config, tensor_shapes
+from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, is_checkpoint, read_autoencoder_config, tensor_shapes
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.schema import Config
 
@@ -54,7 +54,12 @@ def _initial_weights(config: Config) -> Iterator[str]:
 def _bagel_folder(config: Config, folder: Path) -> Iterator[str]:
     model = config.model
     if not folder.is_dir():
-        yield f"checkpoint.init_from: there is no folder {folder}; give a BAGEL folder, as released on the Hub."
+        yield (
+            f"checkpoint.init_from: there is no folder {folder}; give a BAGEL folder, as released on the Hub, or a run "
+            "folder."
+        )
+    if is_checkpoint(folder):
+        return  # its tensors are compared with the model when they are read
     stems = sorted(("ema", "model"), key=lambda stem: stem != config.checkpoint.init_weights)
     shapes = next((found for stem in stems if (found := _shapes(folder, f"{stem}.safetensors"))), None)
     if shapes is None:

@@ -19,7 +19,7 @@ WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
 LATENT_TABLE, VIT_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 AUTOENCODER_PARAMS = "ae_params.json"
 LAYER_VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
-_LLM = {  # ModelConfig field -> key of llm_config.json
+LLM_KEYS = {  # ModelConfig field -> key of llm_config.json
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_attention_heads": "num_attention_heads",
@@ -29,15 +29,15 @@ _LLM = {  # ModelConfig field -> key of llm_config.json
     "rotary_base": "rope_theta",
     "layernorm_epsilon": "rms_norm_eps",
 }
-_LLM_OPTIONAL = {"qk_layernorm": "qk_norm", "tie_word_embeddings": "tie_word_embeddings"}
-_VIT = {
+LLM_OPTIONAL_KEYS = {"qk_layernorm": "qk_norm", "tie_word_embeddings": "tie_word_embeddings"}
+VIT_KEYS = {
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
     "ffn_hidden_size": "intermediate_size",
     "patch_size": "patch_size",
 }
 SWITCHES = ("interpolate_pos", "timestep_shift", "visual_gen", "visual_und")  # change no tensor: a user may differ
-_TOP = ("connector_act", "latent_patch_size", *SWITCHES)
+TOP_KEYS = ("connector_act", "latent_patch_size", *SWITCHES)
 
 
 def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
@@ -51,13 +51,13 @@ def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
         raise ConfigError(f"model.folder: there is no folder {folder}; give a BAGEL folder with llm_config.json.")
     llm, vit = _read(root / "llm_config.json"), _read(root / "vit_config.json")
     top = _read(root / "config.json", optional=True)
-    values: dict[str, Any] = {field: _get(llm, key, root / "llm_config.json") for field, key in _LLM.items()}
-    values |= {field: llm[key] for field, key in _LLM_OPTIONAL.items() if key in llm}
-    values |= {key: top[key] for key in _TOP if key in top}
+    values: dict[str, Any] = {field: _get(llm, key, root / "llm_config.json") for field, key in LLM_KEYS.items()}
+    values |= {field: llm[key] for field, key in LLM_OPTIONAL_KEYS.items() if key in llm}
+    values |= {key: top[key] for key in TOP_KEYS if key in top}
     values["layer_variant"] = _layer_variant(llm, top, root, base)
     sides = _table_sides(root)
     values["max_latent_size"] = sides.get(LATENT_TABLE, top.get("max_latent_size", base.max_latent_size))
-    vit_values = {field: _get(vit, key, root / "vit_config.json") for field, key in _VIT.items()}
+    vit_values = {field: _get(vit, key, root / "vit_config.json") for field, key in VIT_KEYS.items()}
     # The released file counts one layer more than is used: BAGEL reads the output of the second to last.
     vit_values["num_layers"] = _get(vit, "num_hidden_layers", root / "vit_config.json") - 1
     vit_values["layernorm_epsilon"] = vit.get("layer_norm_eps", base.vit.layernorm_epsilon)
@@ -66,6 +66,11 @@ def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
     )
     vae = read_autoencoder_config(root) or base.vae
     return dataclasses.replace(base, **values, vit=dataclasses.replace(base.vit, **vit_values), vae=vae)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run folder or a checkpoint folder of ours rather than a BAGEL folder."""
+    return any((path / name).is_file() for name in ("latest_checkpointed_iteration.txt", ".metadata"))
 
 
 def read_autoencoder_config(folder: Path) -> AutoencoderConfig | None:

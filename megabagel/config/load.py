@@ -70,6 +70,29 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
+def saved_config(text: str) -> Config:
+    """The Config of a YAML text that `to_yaml` wrote, today or in an earlier version, without looking at any folder.
+
+    Keys that no longer exist are left out.
+    """
+    content = yaml.safe_load(text)
+    content["model"]["folder"] = None  # its shape is in the text
+    try:
+        groups = _parser().instantiate(_parser().parse_object(_known(content, Config)))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"the configuration in the checkpoint cannot be read: {_sentence(str(error))}") from None
+    return Config(**{f.name: groups[f.name] for f in dataclasses.fields(Config)})
+
+
+def _known(content: dict[str, Any], cls: type) -> dict[str, Any]:
+    nested, names = nested_dataclasses(cls), {f.name for f in dataclasses.fields(cls)}
+    return {
+        key: _known(value, nested[key]) if key in nested and isinstance(value, dict) else value
+        for key, value in content.items()
+        if key in names
+    }
+
+
 def preset_names() -> list[str]:
     """Names that `--config` takes besides files."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))

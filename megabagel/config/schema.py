@@ -161,8 +161,8 @@ class KernelConfig:
 class CheckpointConfig:
     """Where the run starts from and what it writes."""
 
-    init_from: str | None = None  # BAGEL folder; null with no other source: from scratch
-    init_weights: Literal["ema", "model"] = "ema"  # which file of init_from is read first
+    init_from: str | None = None  # BAGEL folder, run folder or iter_... folder; null with no other: from scratch
+    init_weights: Literal["ema", "model"] = "ema"  # which weights of init_from are taken first
     init_llm: str | None = None  # Qwen2.5 folder
     init_vit: str | None = None  # SigLIP folder
     init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)
