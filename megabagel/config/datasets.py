@@ -1,4 +1,4 @@
-"""The data file: groups of data sets, their image sizes, weights and paths, under the official BAGEL keys.
+"""The data file: groups of data sets, their formats, image sizes, weights and paths, under the official BAGEL keys.
 
 `load_dataset_groups` reads and types it and resolves paths; the samples themselves are read by `megabagel.data`.
 Whether paths exist and sizes fit the model is checked in `checks.py`.
@@ -14,7 +14,22 @@ from megabagel.config.errors import ConfigError, unknown_key
 from megabagel.config.fields import build
 
 T2I, EDIT, VLM = "t2i_pretrain", "unified_edit", "vlm_sft"
-GROUP_NAMES = (T2I, EDIT, VLM)  # the name of a group decides its source
+FORMATS = (
+    T2I,
+    EDIT,
+    VLM,
+    "conversations",
+    "text_to_image",
+    "image_to_text",
+    "multi_step_editing",
+    "sequence",
+    "interleaved",
+    "pretrain_pair",
+    "sft_chat",
+    "text",
+    "video",
+)
+UND_ONLY = (VLM, "image_to_text", "sft_chat", "text", "video")  # generate no picture: one size, that of the ViT
 
 
 @dataclass
@@ -39,8 +54,9 @@ class FrameSamplerArgs:
 class DatasetPaths:
     """Where one data set lies. Relative paths count from the data file's folder; absolute once loaded."""
 
-    data_dir: str | None = None  # parquet files (t2i, edit) or the folder that jsonl image names are relative to
-    jsonl_path: str | None = None  # vlm_sft: the conversations
+    data_dir: str | None = None  # folder of the files, or what image names in `path` are relative to
+    jsonl_path: str | None = None  # official name of `path` for conversations
+    path: str | None = None  # .json, .jsonl, .parquet or .tar: a file, a folder, a pattern with *, or a URL of those
     parquet_info_path: str | None = None  # JSON {parquet path: {"num_row_groups": n}}; null: read from the files
     num_files: int | None = None  # informative, as in the official registry
     num_total_samples: int | None = None  # informative
@@ -51,13 +67,16 @@ class GroupConfig:
     """One group: data sets mixed into one stream of samples."""
 
     datasets: dict[str, DatasetPaths]
-    image_transform_args: ImageTransformArgs  # VAE pictures; in vlm_sft the ViT pictures
+    image_transform_args: ImageTransformArgs  # VAE pictures; ViT pictures where the format generates none
     dataset_names: list[str] = field(default_factory=list)  # entries of `datasets` that are used, in order; empty: all
-    vit_image_transform_args: ImageTransformArgs | None = None  # unified_edit: ViT pictures
-    frame_sampler_args: FrameSamplerArgs | None = None  # vlm_sft with videos
+    format: str = ""  # one of FORMATS; empty: the group's name
+    vit_image_transform_args: ImageTransformArgs | None = None  # ViT pictures of formats that generate
+    frame_sampler_args: FrameSamplerArgs | None = None  # videos
     is_mandatory: bool = False  # every pack starts with a sample of each mandatory group
     weight: float = 1.0  # relative frequency of draws among the groups
-    num_used_data: list[int] | None = None  # per data set: parquet files (t2i, edit) or lines (vlm); null: all
+    num_used_data: list[int] | None = None  # per data set: parquet files, or rows of other files; null: all
+    repeats: int | None = None  # passes over the group, after which it is drawn no more; null: endless
+    latents_dir: str | None = None  # latents and features stored by tools/encode_latents.py
     shuffle_lines: bool = False
     shuffle_seed: int = 0
 

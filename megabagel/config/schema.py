@@ -95,12 +95,18 @@ class DataConfig:
     max_num_tokens_per_sample: int = 16384
     prefer_buffer_before: int = 16384  # greedy: below this fill, samples that wait are tried first
     max_buffer_size: int = 50  # over-long samples that wait for the next pack
-    packing: Literal["greedy", "best_fit"] = "greedy"  # take waiting samples in turn, or those that fill a pack best
+    packing: Literal["greedy", "best_fit", "balanced"] = (
+        "greedy"  # waiting samples in turn; those that fill a pack best; those, then equal work in all packs of a step
+    )
+    over_long: Literal["skip", "truncate_text", "shrink_image"] = "skip"  # samples above max_num_tokens_per_sample
+    max_image_pixels: int = 100_000_000  # larger pictures are skipped before they are decoded
+    max_bad_fraction: float = 0.05  # of a group's rows; the run stops above it
     text_cond_dropout_prob: float = 0.1  # a condition is left out this often, for guidance
     vit_cond_dropout_prob: float = 0.3  # the same for ViT pictures
     vae_cond_dropout_prob: float = 0.3  # the same for clean VAE pictures
     num_workers: int = 1  # decoding processes per reader; 0 decodes in the training process
-    prefetch_factor: int = 2  # packs waiting per worker
+    prefetch_mib: int = 1024  # decoded pictures waiting per reader
+    token_cache: str | None = None  # folder for token ids of texts met before; null: none
     seed: int = 42  # order, mixture, dropout, timesteps and noise
 
 

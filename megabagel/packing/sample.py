@@ -16,7 +16,8 @@ ItemType = Literal["text", "vit_image", "vae_image"]
 class Item:
     """One entry of a sample.
 
-    text: `text_ids` without the start and end tokens. Images: `pixels` uint8 [H, W, 3] at their final size.
+    text: `text_ids` without the start and end tokens. Images: `pixels` uint8 [H, W, 3] at their final size, or only
+    that `size` (height, width) as long as the pixels are not read.
     `special_token_label` set: the item's closing token is a loss row with this label.
     """
 
@@ -25,10 +26,15 @@ class Item:
     enable_cfg: bool = False  # may be dropped so that the model learns the unconditional branch
     text_ids: list[int] | None = None
     pixels: np.ndarray | None = None
+    size: tuple[int, int] | None = None
     special_token_label: int | None = None
     split_start: bool = True  # video frames may share one split
     split_end: bool = True
     frame_delta: int | None = None  # RoPE step after a video frame
+
+    def __post_init__(self) -> None:
+        if self.pixels is not None:
+            self.size = self.pixels.shape[:2]
 
 
 @dataclass

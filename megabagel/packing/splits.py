@@ -37,14 +37,17 @@ class Piece:
 
 @dataclass
 class PlannedSample:
-    """A sample after condition dropout. Pixel lists hold uint8 [H, W, 3] of the kept images in order."""
+    """A sample after condition dropout. Pixel lists hold uint8 [H, W, 3] of the kept images in order, None as long as
+    they are not read; the item lists say which items of the sample these images are."""
 
     pieces: list[Piece]
     key: tuple[int, ...]
     group: str
     origin: str
-    vit_pixels: list[np.ndarray] = field(default_factory=list)
-    vae_pixels: list[np.ndarray] = field(default_factory=list)
+    vit_pixels: list[np.ndarray | None] = field(default_factory=list)
+    vae_pixels: list[np.ndarray | None] = field(default_factory=list)
+    vit_items: list[int] = field(default_factory=list)
+    vae_items: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -111,8 +114,10 @@ def plan_sample(
         planned.pieces.append(piece)
         if kind == VIT:
             planned.vit_pixels.append(item.pixels)
+            planned.vit_items.append(i)
         elif kind == VAE:
             planned.vae_pixels.append(item.pixels)
+            planned.vae_items.append(i)
         rope += _rope_advance(item, kind, piece.length)
         open_split = not item.split_end
     if not planned.pieces:
@@ -146,7 +151,7 @@ def _rope_advance(item: Item, kind: int, length: int) -> int:
 
 def _grid(item: Item, geometry: Geometry, origin: str) -> tuple[int, int]:
     """Rows and columns of an image in tokens."""
-    height, width = item.pixels.shape[:2]
+    height, width = item.size
     stride, side = geometry.stride(item.type), geometry.table_side(item.type)
     if height % stride or width % stride or not height or not width:
         raise ValueError(
