@@ -63,7 +63,7 @@ def _ranges(config: Config) -> Iterator[str]:
                      "virtual_pipeline_model_parallel_size num_layers_in_first_pipeline_stage "
                      "num_layers_in_last_pipeline_stage context_parallel_size expert_model_parallel_size "
                      "und_expert_ranks"),
-        "data": (data, "expected_num_tokens max_num_tokens max_num_tokens_per_sample prefetch_factor"),
+        "data": (data, "expected_num_tokens max_num_tokens max_num_tokens_per_sample prefetch_mib max_image_pixels"),
         "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size recompute_num_layers"),
         "logging": (config.logging, "log_interval"),

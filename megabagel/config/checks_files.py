@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megabagel.config.datasets import EDIT, T2I, VLM, GroupConfig, ImageTransformArgs, load_dataset_groups
+from megabagel.config.datasets import EDIT, T2I, UND_ONLY, GroupConfig, ImageTransformArgs, load_dataset_groups
 from megabagel.config.errors import ConfigError
 from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, is_checkpoint, read_autoencoder_config, tensor_shapes
 from megabagel.config.paths import autoencoder_path, tokenizer_path
@@ -161,24 +161,28 @@ def _data_file(config: Config) -> Iterator[str]:
         yield f"data file {path}: no group has a weight above 0, so nothing would be drawn; raise one."
     for name, group in groups.items():
         where = f"data file {path}, group `{name}`"
-        yield from _group(config, name, group, where)
-        for args_name, args, kind in _transforms(name, group):
+        yield from _group(config, group, where)
+        for args_name, args, kind in _transforms(group):
             yield from _pictures(config, args, kind, f"{where}, {args_name}")
 
 
-def _transforms(name: str, group: GroupConfig) -> Iterator[tuple[str, ImageTransformArgs, str]]:
+def _transforms(group: GroupConfig) -> Iterator[tuple[str, ImageTransformArgs, str]]:
     """Settings for pictures of a group and what makes tokens of them: `vae` or `vit`."""
-    yield "image_transform_args", group.image_transform_args, "vit" if name == VLM else "vae"
-    if group.vit_image_transform_args is not None and name == EDIT:
-        yield "vit_image_transform_args", group.vit_image_transform_args, "vit"
+    if group.vae_args is not None:
+        yield "image_transform_args", group.vae_args, "vae"
+    if group.vit_args is not None:
+        at = "vit_image_transform_args" if group.vit_image_transform_args else "image_transform_args"
+        yield at, group.vit_args, "vit"
 
 
-def _group(config: Config, name: str, group: GroupConfig, where: str) -> Iterator[str]:
+def _group(config: Config, group: GroupConfig, where: str) -> Iterator[str]:
     if group.weight < 0:
         yield f"{where}: weight is {group.weight}, but must not be negative."
-    if name in (T2I, EDIT) and not config.model.visual_gen:
+    if group.repeats is not None and group.repeats < 1:
+        yield f"{where}: repeats is {group.repeats}, but must be at least 1; leave it out for an endless group."
+    if group.format in (T2I, EDIT, "text_to_image", "multi_step_editing") and not config.model.visual_gen:
         yield f"{where} makes pictures, but model.visual_gen is false; set it to true or remove the group."
-    if name in (EDIT, VLM) and not config.model.visual_und:
+    if group.format in (EDIT, *UND_ONLY) and group.format != "text" and not config.model.visual_und:
         yield (
             f"{where} reads pictures through the ViT, but model.visual_und is false; set it to true or "
             f"remove the group."
@@ -198,8 +202,9 @@ def _group(config: Config, name: str, group: GroupConfig, where: str) -> Iterato
             yield f"{at}: jsonl_path {paths.jsonl_path} is not a file (relative paths count from the data file)."
         if paths.data_dir is not None and not Path(paths.data_dir).is_dir():
             yield f"{at}: data_dir {paths.data_dir} is not a folder (relative paths count from the data file)."
-        if name != VLM and not list(Path(paths.data_dir).glob("*.parquet")):
-            yield f"{at}: data_dir {paths.data_dir} holds no *.parquet file."
+        if group.format in (T2I, EDIT) and paths.path == paths.data_dir:
+            if not list(Path(paths.data_dir).glob("*.parquet")):
+                yield f"{at}: data_dir {paths.data_dir} holds no *.parquet file."
         if paths.parquet_info_path is not None and not Path(paths.parquet_info_path).is_file():
             yield f"{at}: parquet_info_path {paths.parquet_info_path} is not a file; leave the key out to do without."
 

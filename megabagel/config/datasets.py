@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megabagel.config.errors import ConfigError, unknown_key
+from megabagel.config.errors import ConfigError
 from megabagel.config.fields import build
 
 T2I, EDIT, VLM = "t2i_pretrain", "unified_edit", "vlm_sft"
@@ -77,6 +77,17 @@ class GroupConfig:
     num_used_data: list[int] | None = None  # per data set: parquet files, or rows of other files; null: all
     repeats: int | None = None  # passes over the group, after which it is drawn no more; null: endless
     latents_dir: str | None = None  # latents and features stored by tools/encode_latents.py
+
+    @property
+    def vae_args(self) -> ImageTransformArgs | None:
+        """Sizes of pictures for the autoencoder; None where the format generates none."""
+        return None if self.format in UND_ONLY else self.image_transform_args
+
+    @property
+    def vit_args(self) -> ImageTransformArgs | None:
+        """Sizes of pictures for the ViT."""
+        return self.vit_image_transform_args or (self.image_transform_args if self.format in UND_ONLY else None)
+
     shuffle_lines: bool = False
     shuffle_seed: int = 0
 
@@ -97,18 +108,22 @@ def load_dataset_groups(path: str) -> dict[str, GroupConfig]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"data file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"data file {path} must map group names ({', '.join(GROUP_NAMES)}) to groups; it holds none.")
+        raise ConfigError(f"data file {path} must map names to groups of data sets; it holds none.")
     groups = {}
     for name, group in content.items():
-        if name not in GROUP_NAMES:
-            raise unknown_key(f"data file {path}", str(name), GROUP_NAMES)
-        groups[name] = _group(name, group, f"data file {path}, group `{name}`", Path(path).resolve().parent)
+        groups[str(name)] = _group(str(name), group, f"data file {path}, group `{name}`", Path(path).resolve().parent)
     return groups
 
 
 def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
-    """The typed group, `dataset_names` filled and `datasets` reduced to the used ones with absolute paths."""
+    """The typed group with its format, `dataset_names` filled and `datasets` the used ones, paths absolute."""
     group = build(GroupConfig, value, where)
+    group.format = group.format or name
+    if group.format not in FORMATS:
+        raise ConfigError(
+            f"{where}: `{group.format}` is not a format; set `format` to one of {', '.join(FORMATS)}, "
+            "or name the group like one."
+        )
     group.dataset_names = group.dataset_names or list(group.datasets)
     if not group.dataset_names:
         raise ConfigError(f"{where}: `datasets` is empty; describe at least one data set or remove the group.")
@@ -118,12 +133,14 @@ def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
             raise ConfigError(
                 f"{where}: `dataset_names` has `{dataset}`, which `datasets` does not describe ({described})."
             )
-        _check_source(name, group.datasets[dataset], f"{where}, data set `{dataset}`")
+        _check_source(group.format, group.datasets[dataset], f"{where}, data set `{dataset}`")
     group.datasets = {dataset: _absolute(group.datasets[dataset], folder) for dataset in group.dataset_names}
+    if group.latents_dir is not None:
+        group.latents_dir = _located(group.latents_dir, folder)
     given, wanted = len(group.num_used_data or []), len(group.dataset_names)
     if group.num_used_data is not None and given != wanted:
         raise ConfigError(f"{where}: `num_used_data` has {given} entries for {wanted} data sets; give one for each.")
-    if name == EDIT and group.vit_image_transform_args is None:
+    if group.format not in (*UND_ONLY, T2I, "text_to_image") and group.vit_image_transform_args is None:
         raise ConfigError(
             f"{where}: key `vit_image_transform_args` is missing; source pictures also enter through the ViT."
         )
@@ -131,17 +148,35 @@ def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
 
 
 def _absolute(paths: DatasetPaths, folder: Path) -> DatasetPaths:
-    """The same with absolute paths; jsonl image names default to being relative to the jsonl file's folder."""
-    for name in ("data_dir", "jsonl_path", "parquet_info_path"):
+    """The same with absolute paths, `path` always set; image names count from the files' folder where nothing else is
+    said."""
+    for name in ("data_dir", "jsonl_path", "path", "parquet_info_path"):
         if (value := getattr(paths, name)) is not None:
-            setattr(paths, name, str(folder / Path(value).expanduser()))
-    if paths.data_dir is None and paths.jsonl_path is not None:
-        paths.data_dir = str(Path(paths.jsonl_path).parent)
+            setattr(paths, name, _located(value, folder))
+    paths.path = paths.path or paths.jsonl_path or paths.data_dir
+    if paths.data_dir is None:
+        is_file = Path(paths.path).suffix or "*" in Path(paths.path).name
+        paths.data_dir = paths.path.rpartition("/")[0] if is_file else paths.path
     return paths
 
 
-def _check_source(group: str, paths: DatasetPaths, where: str) -> None:
-    if group == VLM and paths.jsonl_path is None:
+def is_url(path: str) -> bool:
+    """Whether fsspec, not the local file system, reads `path`."""
+    return "://" in path
+
+
+def _located(path: str, folder: Path) -> str:
+    return path if is_url(path) else str(folder / Path(path).expanduser())
+
+
+def _check_source(format: str, paths: DatasetPaths, where: str) -> None:
+    if paths.path is not None and paths.jsonl_path is not None:
+        raise ConfigError(f"{where}: `path` and `jsonl_path` are both set; they mean the same, keep one of them.")
+    if paths.path is not None:
+        return
+    if format == VLM and paths.jsonl_path is None:
         raise ConfigError(f"{where}: key `jsonl_path` is missing; {VLM} reads conversations from a jsonl file.")
-    if group != VLM and paths.data_dir is None:
-        raise ConfigError(f"{where}: key `data_dir` is missing; {group} reads the parquet files of a folder.")
+    if format in (T2I, EDIT) and paths.data_dir is None:
+        raise ConfigError(f"{where}: key `data_dir` is missing; {format} reads the parquet files of a folder.")
+    if format not in (T2I, EDIT, VLM):
+        raise ConfigError(f"{where}: key `path` is missing; name the file, folder or URL that is read.")

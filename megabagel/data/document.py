@@ -1,4 +1,4 @@
-"""What every format becomes: a list of entries in reading order, content still encoded, and the rule that lays them out.
+"""What every format becomes, a list of entries in reading order, content still encoded, and how it is laid out.
 
 One rule serves all formats. What is generated and what is shown follows from which entries carry a loss; how texts
 become ids and files become pixels is decided in `prepare.py`.

@@ -32,10 +32,6 @@ class Item:
     split_end: bool = True
     frame_delta: int | None = None  # RoPE step after a video frame
 
-    def __post_init__(self) -> None:
-        if self.pixels is not None:
-            self.size = self.pixels.shape[:2]
-
 
 @dataclass
 class Sample:

@@ -151,7 +151,7 @@ def _rope_advance(item: Item, kind: int, length: int) -> int:
 
 def _grid(item: Item, geometry: Geometry, origin: str) -> tuple[int, int]:
     """Rows and columns of an image in tokens."""
-    height, width = item.size
+    height, width = item.size if item.pixels is None else item.pixels.shape[:2]
     stride, side = geometry.stride(item.type), geometry.table_side(item.type)
     if height % stride or width % stride or not height or not width:
         raise ValueError(

@@ -227,9 +227,9 @@ def test_paths_of_the_data_file_count_from_its_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ("", "must map group names (t2i_pretrain, unified_edit, vlm_sft) to groups; it holds none"),
+        ("", "must map names to groups of data sets; it holds none"),
         ("a: [", "is not valid YAML"),
-        ({"t2i": {}}, "unknown key `t2i`, did you mean `t2i_pretrain`?"),
+        ({"t2i": {}}, "group `t2i`: `t2i` is not a format; set `format` to one of t2i_pretrain"),
         ({"t2i_pretrain": 3}, "group `t2i_pretrain` must be a mapping of keys to values, found 3 (int)"),
         (data_file(is_mandatry=True), "group `t2i_pretrain`: unknown key `is_mandatry`, did you mean `is_mandatory`?"),
         (data_file(is_mandatory=1), "key `is_mandatory` must be true or false, found 1 (int)"),
