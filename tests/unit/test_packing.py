@@ -18,7 +18,7 @@ from megabagel.packing.geometry import Geometry, SpecialTokens, geometry_of, gri
 from megabagel.packing.plan import CAUSAL, NOISE, PackPlan, Problem
 from megabagel.packing.planner import build_plan, fixed_length
 from megabagel.packing.sample import Item, Sample
-from megabagel.packing.splits import draw_dropout, plan_sample
+from megabagel.packing.splits import PlannedSample, draw_dropout, plan_sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["public-basic", "public-wide"]
@@ -47,8 +47,8 @@ def mask_from_plan(plan: PackPlan, sample: int) -> torch.Tensor:
     return mask
 
 
-def golden_plan(case: str, tile: int = 16, total_length: int | None = None) -> tuple[PackPlan, dict, dict]:
-    """The plan of a golden case from its sample descriptions, and the tensors and description to reproduce."""
+def golden_samples(case: str) -> tuple[list[PlannedSample], Geometry, dict, dict]:
+    """The samples of a golden case from their descriptions, and the tensors and description to reproduce."""
     meta = json.loads((GOLDEN / case / "meta.json").read_text())
     batch = load_file(GOLDEN / case / "batch.safetensors")
     config, ids = meta["config"], meta["special_token_ids"]
@@ -86,6 +86,12 @@ def golden_plan(case: str, tile: int = 16, total_length: int | None = None) -> t
                     timesteps.append(value)
         sample = Sample(items, key=(number, 0, 0), group=description["kind"], origin=f"{case} sample {number}")
         planned.append(plan_sample(sample, geometry, dropped, timesteps=timesteps))
+    return planned, geometry, batch, meta
+
+
+def golden_plan(case: str, tile: int = 16, total_length: int | None = None) -> tuple[PackPlan, dict, dict]:
+    """The plan of a golden case, and the tensors and description to reproduce."""
+    planned, geometry, batch, meta = golden_samples(case)
     return build_plan(planned, geometry, tile, total_length), batch, meta
 
 
