@@ -48,6 +48,8 @@ class Console:
             f"{_number(record.get('tokens_per_sec'), ',.0f')} tokens/s",
             f"{_number(record.get('step_time'), '.3f')} s/step",
         ]
+        if skipped := record.get("skipped_samples"):
+            parts.append(f"{skipped:,.0f} bad rows")
         if (done := step - self._start_step - 1) > 0:
             seconds = (now - self._started) / done * (self._train_steps - step)
             parts.append(f"left {timedelta(seconds=round(seconds))}")

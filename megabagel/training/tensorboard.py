@@ -35,6 +35,7 @@ _BAGEL = {
     "actual_tflops": "tflops_per_device",
     "mfu": "mfu",
 }
+_DATA = "data/"  # names in the record that begin with it are tags as they are: rows and faults of each group
 _BAGEL_MEBIBYTES = {"mem_allocated": "memory_bytes", "mem_cache": "reserved_bytes"}
 
 
@@ -56,6 +57,9 @@ class TensorBoard:
         for tag, name in _BAGEL_MEBIBYTES.items():
             if (value := record.get(name)) is not None:
                 self._writer.add_scalar(tag, value / 2**20, step)
+        for name, value in record.items():
+            if name.startswith(_DATA):
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from megabagel.config.datasets import DatasetPaths, GroupConfig
-from megabagel.data.faults import DataError, Fault, FaultLog
+from megabagel.data.faults import DataError
 from tests.unit.data_fixtures import (
     TRANSFORM,
     edit_group,
@@ -147,16 +147,3 @@ def test_unusable_groups_are_refused_at_once(tmp_path, num_workers):
     group = GroupConfig({"one": DatasetPaths(jsonl_path=str(tmp_path / "no.jsonl"), data_dir=".")}, TRANSFORM)
     with pytest.raises(DataError, match=r"jsonl_path .*no.jsonl cannot be read"):
         make_reader({"vlm_sft": group})
-
-
-def test_more_than_one_percent_bad_is_warned_about(caplog):
-    log = FaultLog({"g": 1000})
-    with caplog.at_level(logging.WARNING):
-        for n in range(400):
-            log.bad("g", Fault("bad_row", f"file row {n}", "x")) if n % 50 == 0 else log.good("g")
-    said = [record.getMessage() for record in caplog.records if "so far are bad" in record.getMessage()]
-    assert said == [
-        "g: 3 of 101 rows so far are bad (bad_row 3); check the data",
-        "g: 6 of 251 rows so far are bad (bad_row 6); check the data",
-    ]
-    assert log.counts() == {"g": {"bad_row": 8}}

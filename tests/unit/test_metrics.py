@@ -36,6 +36,9 @@ def values(step: int) -> dict:
         "samples_seen": 3 * step,
         "memory_bytes": None,
         "step_time": 0.5,
+        "skipped_samples": 2 * (step - 1),
+        "data/samples/vlm_sft": 50 * step,
+        "data/faults/over_long": step,
     }
 
 
@@ -88,6 +91,9 @@ def test_tensorboard_has_the_tags_of_megatron_and_bagel(tmp_path):
     assert [event.step for event in events.Scalars("ce vs samples")] == [3, 6, 9, 12]
     assert [event.step for event in events.Scalars("mse")] == [2, 4]
     assert "mem_allocated" not in tags
+    assert [event.value for event in events.Scalars("data/faults/over_long")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("data/samples/vlm_sft")] == [50, 100, 150, 200]
+    assert "data/faults/over_long vs samples" not in tags
     text = events.Tensors(events.Tags()["tensors"][0])[0].tensor_proto.string_val[0].decode()
     assert "hidden_size: 3584" in text
 
@@ -109,7 +115,8 @@ def test_the_console_line_has_a_dash_for_what_was_not_measured():
     assert line.startswith(
         "step   3/100 | ce 1.0000 | mse - | lr 1.00e-03 | grad norm 1.250 | 12,346 tokens/s | 0.500 s/"
     )
-    assert line.endswith("| 0.500 s/step | left 0:00:00")
+    assert line.endswith("| 0.500 s/step | 4 bad rows | left 0:00:00")
+    assert "bad rows" not in Console(0, 100, progress_bar=True).line(1, values(1))
 
 
 def test_curves_are_drawn_and_a_folder_without_metrics_is_named(tmp_path):
