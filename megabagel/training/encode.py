@@ -46,16 +46,17 @@ class Encoder:
 
     def __call__(self, packs: list[Pack]) -> list[StreamInputs | None]:
         """One entry per pack; None on the stages between the first and the last. Every rank of the replica calls it;
-        only the source needs pixels."""
-        ranks = len(self.layout.replica_ranks)
+        only the source needs what the pictures hold."""
+        ranks, source = len(self.layout.replica_ranks), self.layout.replica_ranks.index(self.layout.source_rank)
         vae_costs, vit_costs = self.latents.costs(packs), self.vision.costs(packs)
         costs = vae_costs + vit_costs
         owners = spread(costs, ranks)
         self.balance = imbalance(costs, owners, ranks)
+        # what was stored stays where it was read
+        owners = [owner if cost else source for cost, owner in zip(costs, owners, strict=True)]
         vae_owners, vit_owners = owners[: len(vae_costs)], owners[len(vae_costs) :]
         if self.vision.tower is None:
             vit_owners = self.vision.owners(packs)
-        source = self.layout.replica_ranks.index(self.layout.source_rank)
         packs = hand_out(packs, vae_owners + vit_owners, self.layout.replica_group, source)
         latents = self.latents.encode(packs, vae_owners)
         features = self.vision.encode(packs, vit_owners)

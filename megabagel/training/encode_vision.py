@@ -1,14 +1,16 @@
 """The ViT's part of the encode phase: patches for a tower that trains, finished features of a frozen one.
 
-A tower that trains runs inside the model, on the first stage. Who encodes which picture is decided by the caller.
+A tower that trains runs inside the model, on the first stage. Who encodes which picture is decided by the caller. For
+a frozen one a picture may come as features that were stored before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megabagel.config.schema import Config
+from megabagel.data.handout import is_stored
 from megabagel.data.reader import Pack
 from megabagel.models.autoencoder import patchify
 from megabagel.models.build import DTYPES
@@ -22,6 +24,31 @@ from megabagel.training.encode_latents import normalise
 PATCHES_AT_ONCE = 2**14  # of pictures encoded as one batch: bounds the memory of activations
 
 
+def cut(images: Sequence[Tensor], side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pictures, one after the other, as patches [n, side*side*3]."""
+    # a picture is a latent of 3 channels as far as cutting it into patches goes
+    parts = [patchify(normalise(image, device, dtype), side) for image in images]
+    return torch.cat([torch.empty(0, 3 * side**2, device=device, dtype=dtype), *parts])
+
+
+@torch.no_grad()
+def features_of(
+    tower: VisionTower, images: Sequence[Tensor], position_ids: Sequence[Tensor], device: torch.device
+) -> list[Tensor]:
+    """Of each picture the features [n, hidden] in the tower's type; stored ones are features already. `position_ids`:
+    [n] of each picture."""
+    dtype = tower.patch_embedding.weight.dtype
+    features = [image.to(device, dtype) if is_stored(image.shape) else None for image in images]
+    tokens = [len(ids) for ids in position_ids]
+    for batch in _batches([place for place, done in enumerate(features) if done is None], tokens):
+        ids = torch.cat([position_ids[place] for place in batch]).to(device)
+        patches = cut([images[place] for place in batch], tower.config.patch_size, device, dtype)
+        sizes = [tokens[place] for place in batch]
+        for place, encoded in zip(batch, tower(patches, ids, sizes).split(sizes), strict=True):
+            features[place] = encoded
+    return features
+
+
 class VisionEncoder:
     """One rank's share of what the ViT sees of a step. `tower`: the frozen ViT; None if it trains or there is none."""
 
@@ -30,10 +57,12 @@ class VisionEncoder:
         self.dtype = DTYPES[config.training.params_dtype]
 
     def costs(self, packs: list[Pack]) -> list[int]:
-        """Operations for each picture that a frozen tower encodes."""
+        """Operations for each picture that a frozen tower encodes; none for stored ones."""
         if self.tower is None:
             return []
-        return [vision_flops(self.config, tokens) for pack in packs for tokens in pack.plan.vit_seqlens.tolist()]
+        tokens = [n for pack in packs for n in pack.plan.vit_seqlens.tolist()]
+        images = [image for pack in packs for image in pack.vit_images]
+        return [0 if is_stored(i.shape) else vision_flops(self.config, n) for i, n in zip(images, tokens, strict=True)]
 
     def owners(self, packs: list[Pack]) -> list[int]:
         """Rank of the replica, one of the first stage, that runs a tower that trains on each picture."""
@@ -42,18 +71,12 @@ class VisionEncoder:
 
     def patches(self, pack: Pack) -> Tensor:
         """What a tower that trains needs: [m, p*p*3] of the pictures whose pixels this rank has."""
-        return self._cut([image for image in pack.vit_images if not image.is_meta])
-
-    def _cut(self, images: list[Tensor]) -> Tensor:
-        """Pictures, one after the other, as patches [n, p*p*3]."""
-        side, device = self.config.patch_size, self.layout.device
-        # a picture is a latent of 3 channels as far as cutting it into patches goes
-        parts = [patchify(normalise(image, device, self.dtype), side) for image in images]
-        return torch.cat([torch.empty(0, 3 * side**2, device=device, dtype=self.dtype), *parts])
+        images = [image for image in pack.vit_images if not image.is_meta]
+        return cut(images, self.config.patch_size, self.layout.device, self.dtype)
 
     @torch.no_grad()
     def encode(self, packs: list[Pack], owners: list[int]) -> list[Tensor | None]:
-        """`owners`: rank of the replica that encodes each picture, the only one that needs its pixels. -> features per
+        """`owners`: rank of the replica that encodes each picture, the only one that needs its content. -> features per
         pack of the ViT tokens of this rank's chunk, [n, hidden], on the first stage, [0, hidden] elsewhere; None if the
         ViT trains. Every rank of the replica calls it."""
         if self.tower is None:
@@ -62,12 +85,12 @@ class VisionEncoder:
         tokens = torch.cat([pack.plan.vit_seqlens for pack in packs])
         position_ids = torch.cat([pack.plan.vit_position_ids for pack in packs]).split(tokens.tolist())
         me = self.layout.replica_ranks.index(self.layout.rank)
-        features = [torch.empty(0, self.config.hidden_size, device=self.layout.device, dtype=self.dtype)]
-        for batch in _batches([index for index, owner in enumerate(owners) if owner == me], tokens.tolist()):
-            ids = torch.cat([position_ids[index] for index in batch]).to(self.layout.device)
-            patches = self._cut([images[index] for index in batch])
-            features.append(self.tower(patches, ids, tokens[batch].tolist()))
-        rows, wanted = torch.cat(features), self._wanted(packs)
+        mine = [index for index, owner in enumerate(owners) if owner == me]
+        features = features_of(
+            self.tower, [images[n] for n in mine], [position_ids[n] for n in mine], self.layout.device
+        )
+        none = torch.empty(0, self.config.hidden_size, device=self.layout.device, dtype=self.dtype)
+        rows, wanted = torch.cat([none, *features]), self._wanted(packs)
         if images:
             row_owners = torch.tensor(owners).repeat_interleave(tokens)
             plan = plan_exchange(row_owners, [torch.cat(parts) for parts in wanted], me)

@@ -17,6 +17,7 @@ from megabagel.config.schema import Config, ParallelConfig
 from megabagel.data.broadcast import broadcast_pack
 from megabagel.data.reader import Pack
 from megabagel.models.autoencoder import Autoencoder
+from megabagel.models.embeddings import StreamInputs
 from megabagel.models.vision import VisionTower
 from megabagel.models.vision_spread import spread_features
 from megabagel.packing.chunk import chunk_of
@@ -26,8 +27,10 @@ from megabagel.packing.planner import build_plan
 from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import plan_sample
 from megabagel.runtime import failure
-from megabagel.runtime.distributed import destroy, initialize
+from megabagel.runtime.distributed import Layout, destroy, initialize
 from megabagel.training.encode import Encoder
+from megabagel.training.encode_latents import moments_of
+from megabagel.training.encode_vision import features_of
 from tests.tiny_data import CHECKPOINT
 
 # (tensor, context, pipeline) sizes of replicas of 1, 2 and 4 ranks; the rest is data parallel
@@ -65,6 +68,39 @@ STEPS = {
 }
 
 
+def with_stored(packs: list[Pack], vae: Autoencoder, vit: VisionTower, every: int) -> list[Pack]:
+    """The packs, every so many pictures as moments or features that were computed before, one picture at a time."""
+    found = []
+    for pack in packs:
+        ids = pack.plan.vit_position_ids.split(pack.plan.vit_seqlens.tolist())
+        cpu = torch.device("cpu")
+        moments = [moments_of(vae, [image], cpu, torch.float32)[0] for image in pack.vae_images[::every]]
+        features = [features_of(vit, [i], [at], cpu)[0] for i, at in zip(pack.vit_images, ids, strict=True)][::every]
+        vae_images, vit_images = list(pack.vae_images), list(pack.vit_images)
+        vae_images[::every], vit_images[::every] = moments, features
+        found.append(dataclasses.replace(pack, vae_images=vae_images, vit_images=vit_images))
+    return found
+
+
+def known_to_all(layout: Layout, packs: list[Pack]) -> list[Pack]:
+    """The packs as the ranks of a replica have them: pictures on the source only."""
+    sources = packs if layout.is_source else [None] * len(packs)
+    return [broadcast_pack(pack, layout.replica_group, layout.source_rank) for pack in sources]
+
+
+def check_inputs(layout: Layout, packs: list[Pack], found: list, expected: list[StreamInputs]) -> None:
+    """What a rank of the layout got, against what a rank that works alone makes of pixels."""
+    for pack, mine, whole in zip(packs, found, expected, strict=True):
+        if not (layout.is_first_stage or layout.is_last_stage):
+            assert mine is None
+            continue
+        torch.testing.assert_close(mine.latents, whole.latents, rtol=1e-5, atol=1e-5)
+        assert torch.equal(mine.noise, whole.noise)
+        tokens = chunk_of(pack.plan, layout.cp_rank, layout.cp_size).vit_tokens
+        wanted = whole.vit_features[tokens] if layout.is_first_stage else whole.vit_features[:0]
+        torch.testing.assert_close(mine.vit_features, wanted, rtol=1e-5, atol=1e-5)
+
+
 def check(sizes: tuple[int, int, int], config: Config, vae: Autoencoder, vit: VisionTower) -> None:
     tp, cp, pp = sizes
     layout = initialize(
@@ -85,19 +121,14 @@ def check(sizes: tuple[int, int, int], config: Config, vae: Autoencoder, vit: Vi
     )
     for name, samples in STEPS.items():
         packs = make_packs(config, samples)
-        sources = packs if layout.is_source else [None] * len(packs)
-        known = [broadcast_pack(pack, layout.replica_group, layout.source_rank) for pack in sources]
         together, single = (Encoder(config, where, vae, vit) for where in (layout, alone))
-        found, expected = together(known), single(packs)
-        for pack, mine, whole in zip(packs, found, expected, strict=True):
-            if not (layout.is_first_stage or layout.is_last_stage):
-                assert mine is None
-                continue
-            torch.testing.assert_close(mine.latents, whole.latents, rtol=1e-5, atol=1e-5)
-            assert torch.equal(mine.noise, whole.noise)
-            tokens = chunk_of(pack.plan, layout.cp_rank, layout.cp_size).vit_tokens
-            wanted = whole.vit_features[tokens] if layout.is_first_stage else whole.vit_features[:0]
-            torch.testing.assert_close(mine.vit_features, wanted, rtol=1e-5, atol=1e-5)
+        expected = single(packs)
+        for every in (1, 2):
+            stored = known_to_all(layout, with_stored(packs, vae, vit, every))
+            check_inputs(layout, packs, together(stored), expected)
+            assert every > 1 or together.balance is None
+        known = known_to_all(layout, packs)
+        check_inputs(layout, packs, together(known), expected)
         ranks = len(layout.replica_ranks)
         if name == "no picture at all":
             assert together.balance is None
