@@ -1,6 +1,6 @@
 """The order in which rows of a group are visited: a seeded permutation per pass, computed, not stored.
 
-Positions count on over passes without end. Data-parallel rank r of n takes positions r, r + n, r + 2n, ...
+Positions count on over passes without end. Who reads which position is not decided here.
 """
 
 from bisect import bisect_right

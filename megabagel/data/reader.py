@@ -17,27 +17,12 @@ from megabagel.config.schema import DataConfig
 from megabagel.data.faults import DataError, Fault, FaultLog
 from megabagel.data.loader import SampleLoader, SampleMaker
 from megabagel.data.mixture import Mixture
+from megabagel.data.pack import Pack
 from megabagel.data.text import Tokenizer
 from megabagel.packing.binpack import BinPacker, PackLimits
 from megabagel.packing.geometry import Geometry
-from megabagel.packing.plan import PackPlan
 from megabagel.packing.planner import build_plan
 from megabagel.packing.splits import PlannedSample
-
-
-@dataclass
-class Pack:
-    """One packed sequence: the plan and its pixels. Per sample: group name, key and origin (file and row).
-
-    On ranks that did not read it the images are on the meta device: shapes without pixels.
-    """
-
-    plan: PackPlan
-    vae_images: list[Tensor]  # uint8 [3, H, W] each, in the order of plan.latent_grids
-    vit_images: list[Tensor]  # uint8 [3, H, W] each, in the order of plan.vit_seqlens
-    groups: list[str]
-    keys: list[tuple[int, ...]]
-    origins: list[str]
 
 
 @dataclass

@@ -5,7 +5,7 @@ keeps BAGEL's order; `best_fit` keeps `max_buffer_size` samples waiting and fill
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, Protocol, TypeVar
 
 from megabagel.packing import native
@@ -122,7 +122,7 @@ def _tuple(limits: PackLimits) -> tuple[int, int, int, int]:
 
 
 class BinPacker(Generic[E]):
-    """Builds packs one after the other. Between two entries all its state is in the four public fields.
+    """Builds packs one after the other. Between two packs all its state is in `buffer` and `num_draws`.
 
     Greedy: each pack starts with one sample of every mandatory group, then takes groups as `choose_group(draw number)`
     says. A sample that would overflow the pack waits in the buffer; below `prefer_buffer_before` tokens the first
@@ -137,12 +137,13 @@ class BinPacker(Generic[E]):
         self,
         limits: PackLimits,
         mandatory: list[int],
-        choose_group: Callable[[int], int],
-        fetch: Callable[[int], E],
+        choose_group: Callable[[int], int | None],
+        fetch: Callable[[int], E | None],
         strategy: Strategy = "greedy",
     ) -> None:
-        """`mandatory`: group indices. `fetch(group)` gives the group's next sample, at most
-        `max_num_tokens_per_sample` tokens long."""
+        """`mandatory`: group indices. `choose_group(number of the draw)`: None when every group has ended.
+        `fetch(group)` gives the group's next sample, at most `max_num_tokens_per_sample` tokens long, or None when it
+        has no more."""
         self.limits = limits
         self.mandatory = mandatory
         self.choose_group = choose_group
@@ -154,7 +155,7 @@ class BinPacker(Generic[E]):
         self.num_draws = 0  # weighted draws so far
 
     def next_pack(self) -> list[E]:
-        """The next closed pack, its samples in packing order."""
+        """The next closed pack, its samples in packing order; empty once there are no more."""
         greedy = self.strategy == "greedy"
         while True:
             if self.num_mandatory_done < len(self.mandatory) and (greedy or self.open):
@@ -167,14 +168,30 @@ class BinPacker(Generic[E]):
             if choice != DRAW:
                 self.open.append(self.buffer.pop(choice))
                 continue
-            entry = self.fetch(self.choose_group(self.num_draws))
+            group = self.choose_group(self.num_draws)
+            if group is None:
+                if not self._take_waiting():
+                    return self._close()
+                continue
+            entry = self.fetch(group)
             self.num_draws += 1
+            if entry is None:
+                continue
             if greedy and self._fits(entry):
                 self.open.append(entry)
                 continue
             self.buffer.append(entry)
             if greedy and len(self.buffer) > self.limits.max_buffer_size:
                 return self._close()
+
+    def _take_waiting(self) -> bool:
+        """Put the waiting sample into the open pack that fills it best; False when there is none."""
+        waiting = [entry.num_tokens for entry in self.buffer]
+        all_there = replace(self.limits, max_buffer_size=len(waiting))
+        choice = decide("best_fit", all_there, self._fill(), waiting) if waiting else CLOSE
+        if choice != CLOSE:
+            self.open.append(self.buffer.pop(choice))
+        return choice != CLOSE
 
     def _serve_mandatory(self, group: int) -> None:
         """Put a sample of the group into the open pack; where none fits, one waits."""

@@ -41,6 +41,7 @@ class Layout:
     replica_ranks: tuple[int, ...]  # global ranks of this rank's replica
     replica_group: dist.ProcessGroup  # gloo, for plans: Python objects and CPU tensors
     replica_device_group: dist.ProcessGroup  # of the same ranks, for tensors on `device`
+    sources_group: dist.ProcessGroup | None  # gloo, of the source ranks of all replicas; None elsewhere
 
     @property
     def source_rank(self) -> int:
@@ -96,7 +97,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
     # an expert is never split: more expert-parallel ranks serve the same end
     parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
     _seed(seed)
-    ranks, group, device_group = _replica(parallel.context_parallel_size, device)
+    ranks, group, device_group, sources_group = _replica(parallel.context_parallel_size, device)
     return Layout(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -112,6 +113,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
         replica_ranks=ranks,
         replica_group=group,
         replica_device_group=device_group,
+        sources_group=sources_group,
     )
 
 
@@ -165,8 +167,9 @@ def _seed(seed: int) -> None:
 
 def _replica(
     context_parallel_size: int, device: torch.device
-) -> tuple[tuple[int, ...], dist.ProcessGroup, dist.ProcessGroup]:
-    """Ranks of this rank's replica, a gloo group of them and one for the device's tensors.
+) -> tuple[tuple[int, ...], dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup | None]:
+    """Ranks of this rank's replica, a gloo group of them, one for the device's tensors, and a gloo group of the first
+    ranks of all replicas.
 
     Every rank makes the groups of all replicas, in order.
     """
@@ -178,10 +181,19 @@ def _replica(
         cp=context_parallel_size,
         order="tp-cp-ep-dp-pp",
     )
-    mine = None
-    for ranks in generator.get_ranks("tp-cp-pp"):
+    mine, replicas = None, generator.get_ranks("tp-cp-pp")  # in the order of data parallelism
+    for ranks in replicas:
         group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
         device_group = group if device.type == "cpu" else dist.new_group(ranks, timeout=_TIMEOUT)
         if dist.get_rank() in ranks:
             mine = tuple(ranks), group, device_group
-    return mine
+    sources = [ranks[0] for ranks in replicas]
+    sources_group = dist.new_group(sources, backend="gloo", timeout=_TIMEOUT)
+    return *mine, sources_group if dist.get_rank() in sources else None
+
+
+def gather_objects(group: dist.ProcessGroup, value: object) -> list:
+    """The picklable values of all ranks of a CPU group, in their order."""
+    values = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
