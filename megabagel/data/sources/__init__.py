@@ -1,34 +1,71 @@
-"""One file per data format: row number -> Sample. `open_source` picks the one that a group's name stands for."""
+"""From a row of a group's files to its document: a list of entries in reading order. One class serves all formats.
 
-from typing import Protocol
+A format is a function in a file of its own, registered here. How a document is laid out is decided in `document.py`.
+"""
 
-from megabagel.config.datasets import EDIT, T2I, VLM, GroupConfig
-from megabagel.data.faults import DataError, Fault
-from megabagel.data.sample import Sample
-from megabagel.data.sources.edit import EditSource
-from megabagel.data.sources.t2i import T2ISource
-from megabagel.data.sources.vlm import VLMSource
-from megabagel.data.text import Tokenizer
+from megabagel.config.datasets import FrameSamplerArgs, GroupConfig
+from megabagel.data.document import Entry
+from megabagel.data.faults import DataError
+from megabagel.data.files import open_rows
+from megabagel.data.sources import (
+    captions,
+    conversations,
+    edit,
+    editing_steps,
+    pair,
+    sequence,
+    t2i,
+    text,
+    video,
+    vlm,
+)
+from megabagel.data.sources.context import Context
+from megabagel.data.sources.format import Format
+
+FORMATS: dict[str, Format] = {
+    "t2i_pretrain": t2i.FORMAT,
+    "unified_edit": edit.FORMAT,
+    "vlm_sft": vlm.FORMAT,
+    "conversations": conversations.FORMAT,
+    "text_to_image": captions.TEXT_TO_IMAGE,
+    "image_to_text": captions.IMAGE_TO_TEXT,
+    "multi_step_editing": editing_steps.FORMAT,
+    "sequence": sequence.SEQUENCE,
+    "interleaved": sequence.INTERLEAVED,
+    "pretrain_pair": pair.FORMAT,
+    "sft_chat": vlm.SFT_CHAT,
+    "text": text.FORMAT,
+    "video": video.FORMAT,
+}
 
 
-class Source(Protocol):
-    """Random access to the samples of a group."""
+class Source:
+    """Random access to the documents of a group.
 
-    blocks: list[int]  # rows that are cheap to read together
-    window: int | None  # how many blocks are shuffled together; null: all
-    faults: list[Fault]  # found while opening
+    `blocks`, `window`, `faults`: as of `files.Rows`.
+    """
 
-    def origin(self, row: int) -> str: ...
+    def __init__(self, name: str, group: GroupConfig, seed: int) -> None:
+        self._format = FORMATS[group.format or name]
+        self._rows = open_rows(group, self._format.columns, self._format.required)
+        self._seed = seed
+        self._frames = group.frame_sampler_args or FrameSamplerArgs(max_num_frames=12)
+        self.blocks, self.window, self.faults = self._rows.blocks, self._rows.window, self._rows.faults
 
-    def sample(self, row: int, key: tuple[int, ...]) -> Sample: ...
+    def origin(self, row: int) -> str:
+        """File and row in it, for messages."""
+        return self._rows.origin(row)
+
+    def document(self, row: int, key: tuple[int, ...]) -> list[Entry]:
+        """Entries of the row. `key` (group, row, visit) decides what is drawn. Raises DataFault when the row cannot be
+        used."""
+        content = self._rows[row]
+        return self._format.entries(content, Context(key, self._seed, self._rows.folder(row), content, self._frames))
 
 
-_SOURCES = {T2I: T2ISource, EDIT: EditSource, VLM: VLMSource}
-
-
-def open_source(name: str, group: GroupConfig, tokenizer: Tokenizer, seed: int) -> Source:
+def open_source(name: str, group: GroupConfig, seed: int) -> Source:
     """Open group `name`. Raises DataError when its files are missing or none of them can be read."""
-    source = _SOURCES[name](name, group, tokenizer, seed)
+    source = Source(name, group, seed)
     if not sum(source.blocks):
         reason = f"; the first fault: {source.faults[0]}" if source.faults else ""
         raise DataError(f"group {name} has no readable row{reason}. Fix the data or remove the group.")

@@ -1,0 +1,184 @@
+"""Rows of a group's files by number, whatever kind of file they are: row number -> dict.
+
+What the keys of a row mean is decided in `data/sources`.
+"""
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megabagel.config.datasets import EDIT, T2I, DatasetPaths, GroupConfig, is_url
+from megabagel.data.faults import DataError, Fault
+from megabagel.data.files import storage
+from megabagel.data.files.json_array import JsonArray
+from megabagel.data.files.jsonl import JsonLines
+from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY, Cache, Parquet
+from megabagel.data.files.webdataset import Tar
+from megabagel.runtime import rng
+
+SUFFIXES = (".json", ".jsonl", ".parquet", ".tar")
+_BLOCK = 256  # rows in place of a whole file where other files of the group are parquet
+
+
+class File(Protocol):
+    """Random access to the rows of one file."""
+
+    path: str
+    num_rows: int
+    blocks: list[int] | None  # rows that are cheap to read together; null: every row by itself
+    faults: list[Fault]
+
+    def label(self, row: int) -> str: ...
+
+    def __getitem__(self, row: int) -> dict: ...
+
+
+class Rows:
+    """Random access to the used rows of all data sets of a group.
+
+    `blocks`: numbers of rows that are cheap to read together. `window`: how many blocks are shuffled together; null:
+    all. `faults`: of whole files, found while opening.
+    """
+
+    def __init__(self, datasets: list["_Dataset"], cache: Cache) -> None:
+        self.faults = [fault for dataset in datasets for fault in dataset.faults]
+        in_blocks = any(dataset.blocks is not None for dataset in datasets)
+        self.window = ROW_GROUPS_IN_MEMORY if in_blocks else None
+        self.blocks: list[int] = []
+        for dataset in datasets:
+            if dataset.blocks is not None:
+                self.blocks += dataset.blocks
+            elif in_blocks:
+                full, rest = divmod(dataset.num_rows, _BLOCK)
+                self.blocks += [_BLOCK] * full + [rest] * (rest > 0)
+            else:
+                self.blocks.append(dataset.num_rows)
+        self._datasets, self._cache = datasets, cache
+        self._ends = list(accumulate(dataset.num_rows for dataset in datasets))
+
+    def _locate(self, row: int) -> tuple["_Dataset", int]:
+        i = bisect_right(self._ends, row)
+        return self._datasets[i], row - (self._ends[i] - self._datasets[i].num_rows)
+
+    def origin(self, row: int) -> str:
+        """File and row in it, for messages."""
+        dataset, inside = self._locate(row)
+        file, number = dataset.locate(inside)
+        return f"{file.path} {file.label(number)}"
+
+    def folder(self, row: int) -> str:
+        """Folder or URL that the row's picture names are relative to."""
+        return self._locate(row)[0].folder
+
+    def __getitem__(self, row: int) -> dict:
+        """The row. Raises DataFault when it cannot be read."""
+        dataset, inside = self._locate(row)
+        file, number = dataset.locate(inside)
+        return file[number]
+
+
+def open_rows(group: GroupConfig, columns: list[str] | None = None, required: list[str] | None = None) -> Rows:
+    """Open all files of `group`. `columns`: of parquet files, read where present, null: all; `required`: those without
+    which a parquet file is of no use. Raises DataError for missing files, folders and mixed kinds of files."""
+    cache: Cache = OrderedDict()
+    datasets = []
+    for i, (name, paths) in enumerate(group.datasets.items()):
+        faults: list[Fault] = []
+        files = [_open(path, columns, required or [], cache) for path in _paths(name, paths, group.format, faults)]
+        used = None if group.num_used_data is None else group.num_used_data[i]
+        order = rng.generator(group.shuffle_seed, "line_choice", (i,)) if group.shuffle_lines else None
+        datasets.append(_Dataset(files, paths.data_dir or "", faults, used, order))
+    return Rows(datasets, cache)
+
+
+def _open(path: str, columns: list[str] | None, required: list[str], cache: Cache) -> File:
+    kind = storage.suffix(path)
+    if kind == ".parquet":
+        return Parquet(path, columns, required, cache)
+    return {".jsonl": JsonLines, ".json": JsonArray, ".tar": Tar}[kind](path)
+
+
+class _Dataset:
+    """The used rows of the files of one data set, all of one kind."""
+
+    def __init__(
+        self, files: list[File], folder: str, faults: list[Fault], used: int | None, order: np.random.Generator | None
+    ) -> None:
+        """`used`: how many files (parquet) or rows; null: all. `order` decides which rows are used, not when."""
+        in_blocks = files[0].blocks is not None
+        self.files = files[:used] if in_blocks else files
+        self.folder = folder
+        self.faults = faults + [fault for file in self.files for fault in file.faults]
+        self._ends = list(accumulate(file.num_rows for file in self.files))
+        self.num_rows = self._ends[-1]
+        self.blocks: list[int] | None = None
+        self._chosen: np.ndarray | None = None  # [used] numbers of rows
+        if in_blocks:
+            self.blocks = [rows for file in self.files for rows in file.blocks]
+            return
+        if order is not None:
+            self._chosen = order.permutation(self.num_rows)[:used]
+        if used is not None:
+            self.num_rows = min(used, self.num_rows)
+
+    def locate(self, row: int) -> tuple[File, int]:
+        row = row if self._chosen is None else int(self._chosen[row])
+        i = bisect_right(self._ends, row)
+        return self.files[i], row - (self._ends[i] - self.files[i].num_rows)
+
+
+def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> list[str]:
+    """The files of a data set in name order, at least one and all of one kind, compared with the info file."""
+    where = paths.path or paths.jsonl_path or paths.data_dir
+    setting = "path" if paths.path not in (None, paths.jsonl_path, paths.data_dir) else "data_dir"
+    setting = "jsonl_path" if where == paths.jsonl_path else setting
+    # the official folders may hold more than their rows
+    official = format in (T2I, EDIT) and setting == "data_dir"
+    suffixes = (".parquet",) if official else SUFFIXES
+    try:
+        files = [file for file in storage.list_files(where, suffixes) if file != paths.parquet_info_path]
+    except OSError as error:
+        raise DataError(f"data set {name}: {setting} {where} cannot be read ({error}).") from None
+    if not files:
+        raise DataError(f"data set {name}: {_nothing_at(where, setting, suffixes)}.")
+    kinds = {storage.suffix(file) for file in files}
+    if len(kinds) > 1:
+        raise DataError(
+            f"data set {name}: {setting} {where} holds {', '.join(sorted(kinds))} files; name the ones to read with "
+            f"a pattern, for example {where.rstrip('/')}/*{min(kinds)}."
+        )
+    if not kinds <= set(SUFFIXES):
+        raise DataError(
+            f"data set {name}: {setting} {where} must be one of {', '.join(SUFFIXES)}, or a folder of them."
+        )
+    if paths.parquet_info_path is not None:
+        _compare(name, paths.parquet_info_path, where, files, faults)
+    return files
+
+
+def _nothing_at(where: str, setting: str, suffixes: tuple[str, ...]) -> str:
+    if "*" in where:
+        return f"no {', '.join(suffixes)} file matches {setting} {where}"
+    if is_url(where) or not Path(where).is_dir():
+        kind = "file" if storage.suffix(where) in SUFFIXES else "folder"
+        return f"{kind} {setting} {where} does not exist"
+    return f"folder {setting} {where} holds no {', '.join('*' + suffix for suffix in suffixes)} file"
+
+
+def _compare(name: str, info: str, where: str, files: list[str], faults: list[Fault]) -> None:
+    """Add a fault for every file that the info file {path: {"num_row_groups": n}} lists and is not there, or the
+    reverse."""
+    try:
+        listed = {Path(path).name for path in json.loads(storage.read(info))}
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"data set {name}: parquet_info_path {info} cannot be read: {error}.") from None
+    for file in files:
+        if Path(file).name not in listed:
+            faults.append(Fault("unlisted_parquet", file, f"not listed in {info}; it is read all the same"))
+    for missing in sorted(listed - {Path(file).name for file in files}):
+        faults.append(Fault("missing_file", f"{where.rstrip('/')}/{missing}", f"listed in {info} but not there"))
