@@ -81,15 +81,13 @@ class FaultLog:
 
     def bad(self, group: str, fault: Fault) -> None:
         """Count and report a skipped row. Raises DataError when too many of the group's rows are bad."""
-        self.num_bad[group][fault.kind] += 1
         self.bad_in_a_row[group] += 1
-        self._report(group, fault, self.num_bad[group][fault.kind])
-        self._judge(group, fault)
+        self._count(group, fault)
 
     def late(self, group: str, fault: Fault) -> None:
-        """`bad` for a row that was counted as `good` before its fault was found."""
+        """`bad` for a row that was counted as `good` before its fault was found. Others may have come between."""
         self.num_good[group] -= 1
-        self.bad(group, fault)
+        self._count(group, fault)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Bad rows and files so far: group -> kind -> number."""
@@ -108,6 +106,11 @@ class FaultLog:
         self.num_good = Counter(state["num_good"])
         self.num_bad = {group: Counter(state["num_bad"].get(group, {})) for group in self.rows_per_pass}
         self.bad_in_a_row = Counter(state["bad_in_a_row"])
+
+    def _count(self, group: str, fault: Fault) -> None:
+        self.num_bad[group][fault.kind] += 1
+        self._report(group, fault, self.num_bad[group][fault.kind])
+        self._judge(group, fault)
 
     def _report(self, group: str, fault: Fault, number: int) -> None:
         """`number`: faults of this kind in the group so far."""
@@ -136,12 +139,13 @@ class FaultLog:
 
     def _judge(self, group: str, fault: Fault) -> None:
         self._examples[group].setdefault(fault.kind, fault)
-        if self.bad_in_a_row[group] >= self.rows_per_pass[group]:
+        bad, rows = self._rows(group)
+        in_a_row = bad if bad == rows else self.bad_in_a_row[group]
+        if in_a_row >= self.rows_per_pass[group]:
             raise DataError(
-                f"group {group}: not one of {self.bad_in_a_row[group]} rows of a full pass can be used; "
+                f"group {group}: not one of {in_a_row} rows of a full pass can be used; "
                 f"the last: {fault}. Fix the data or remove the group."
             )
-        bad, rows = self._rows(group)
         if rows >= MIN_ROWS and bad > self._limit * rows:
             raise DataError(self._summary(group, fault, bad, rows))
 

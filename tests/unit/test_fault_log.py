@@ -126,6 +126,16 @@ def test_a_late_fault_is_no_good_row(caplog):
         log.late("g", fault(10, "undecodable_image"))
 
 
+def test_late_faults_end_the_run_only_when_no_row_was_good():
+    log = FaultLog({"g": 5})
+    for _ in range(12):
+        log.good("g")
+    for _ in range(11):  # one row of a small group, met again and again
+        log.late("g", fault(1, "undecodable_image"))
+    with pytest.raises(DataError, match="group g: not one of 12 rows of a full pass can be used; the last: a.jsonl"):
+        log.late("g", fault(2, "undecodable_image"))
+
+
 def test_counts_continue_and_files_are_counted_anew():
     state = None
     for _ in range(3):
@@ -163,7 +173,7 @@ def test_a_pass_of_bad_rows_is_counted_over_a_resume():
     log.bad("g", fault(4))  # a good row between them: the count begins again
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_accepted_and_skipped_rows_are_all_rows_drawn(seed, tmp_path):
     """Any order of reports, with a resume now and then from an older state, as after a crash."""
     draw = random.Random(seed)
@@ -171,13 +181,13 @@ def test_accepted_and_skipped_rows_are_all_rows_drawn(seed, tmp_path):
     log, drawn = FaultLog(rows, 1.0, tmp_path / "list"), Counter()
     saved = (log.state_dict(), drawn.copy())
     reported = set()
-    for _ in range(400):
+    for _ in range(250):
         group, action = draw.choice("gh"), draw.choice(["good", "good", "bad", "late", "save", "crash"])
         bad = fault(draw.randrange(rows[group]), draw.choice(["bad_row", "over_long", "missing_file"]))
-        if action == "good" or log.bad_in_a_row[group] == rows[group] - 1:
+        if action == "good" or log.bad_in_a_row[group] == rows[group] - 1 or not log.num_good[group]:
             log.good(group)
             drawn[group] += 1
-        elif action == "bad" or (action == "late" and log.num_good[group]):
+        elif action == "bad" or (action == "late" and log.num_good[group] > 1):
             getattr(log, action)(group, bad)
             drawn[group] += action == "bad"
             reported.add((group, bad.kind, bad.origin))
