@@ -16,7 +16,9 @@ from torch import Tensor
 
 from megabagel.data.faults import DataError
 from megabagel.data.handout import unseen
-from megabagel.data.reader import Pack, Reader
+from megabagel.data.pack import Pack
+from megabagel.data.reader import Reader
+from megabagel.data.steps import EndOfData
 from megabagel.packing.plan import PackPlan
 
 logger = logging.getLogger(__name__)
@@ -38,26 +40,20 @@ class ReplicaReader:
 
         self._state = self._on_source(start)
 
-    def next(self) -> Pack:
-        """The next pack; only the source has its pixels."""
+    def next_step(self) -> list[Pack]:
+        """This replica's packs of the next step; only the source has their pixels. Raises EndOfData on all ranks."""
+        packs: list[Pack | None] = []
 
-        def read() -> tuple[dict, Pack]:
-            pack = next(self._reader)
-            return self._reader.state_dict(), pack
+        def read() -> tuple[dict, int]:
+            packs.extend(self._reader.next_step())
+            return self._reader.state_dict(), len(packs)
 
-        pack = None
-        if self._is_source:
-            outcome = _attempt(read)
-            if not isinstance(outcome, _Failure):
-                self._state, pack = outcome
-                outcome = self._state
-        else:
-            outcome = None
-        self._state = _agree(outcome, self._group, self._source)
-        return broadcast_pack(pack, self._group, self._source)
+        self._state, number = self._on_source(read)
+        packs = packs or [None] * number
+        return [broadcast_pack(pack, self._group, self._source) for pack in packs]
 
     def state_dict(self) -> dict:
-        """The reader's state after the last pack, on every rank."""
+        """The reader's state after the last step, on every rank."""
         return self._state
 
     def load_state_dict(self, state: dict) -> None:
@@ -79,7 +75,7 @@ class ReplicaReader:
 
 
 def broadcast_pack(pack: Pack | None, group: dist.ProcessGroup | None, src: int) -> Pack:
-    """Give every rank of `group` the pack of global rank `src`, and its pictures as shapes without pixels.
+    """Give every rank of `group` the pack of global rank `src`, and its pictures as shapes without content.
 
     The other ranks pass None.
     """
@@ -131,10 +127,16 @@ class _Failure(str):
     """The message of an exception on the reading rank."""
 
 
+class _End(str):
+    """There are no more data."""
+
+
 def _attempt(action: Callable[[], Any]) -> Any:
     """The action's result, or its failure."""
     try:
         return action()
+    except EndOfData as end:
+        return _End(end)
     except Exception as error:
         if isinstance(error, DataError):  # its message is a sentence for the user
             return _Failure(error)
@@ -143,9 +145,11 @@ def _attempt(action: Callable[[], Any]) -> Any:
 
 
 def _agree(outcome: Any, group: dist.ProcessGroup | None, src: int) -> Any:
-    """The outcome of rank `src` on all ranks, raised as DataError if it is a failure."""
+    """The outcome of rank `src` on all ranks, raised as DataError or EndOfData if it is a failure or the end."""
     if dist.get_world_size(group) > 1:
         outcome = _broadcast_object(outcome, group, src)
     if isinstance(outcome, _Failure):
         raise DataError(str(outcome))
+    if isinstance(outcome, _End):
+        raise EndOfData(str(outcome))
     return outcome

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 
 
 def is_stored(shape: Sequence[int]) -> bool:

@@ -39,7 +39,7 @@ class Stream:
         size: int = 1,
         exchange: Exchange | None = None,
     ) -> None:
-        """`measure(group, position)` begins to measure: a PlannedSample or a Fault. `weigh`: its tokens, cost and bytes.
+        """`measure(group, position)` begins to measure: a PlannedSample or Fault. `weigh`: its tokens, cost and bytes.
         `lengths`: positions of each group; None: endless. `rank`, `size`: this replica and how many there are."""
         self._measure, self._weigh, self._lengths = measure, weigh, list(lengths)
         self._rank, self._size, self._exchange = rank, size, exchange

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megabagel.config.schema import Config
 from megabagel.data.handout import hand_out
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.embeddings import StreamInputs
 from megabagel.models.vision import VisionTower

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megabagel.config.schema import Config
 from megabagel.data.handout import is_stored
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from megabagel.models.autoencoder import patchify
 from megabagel.models.build import DTYPES
 from megabagel.models.costs import vision_flops

@@ -15,6 +15,8 @@ from megabagel.checkpoint import distributed as checkpoint
 from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
+from megabagel.data.faults import log_values
+from megabagel.data.steps import EndOfData
 from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
 from megabagel.training.ema import ShardedEma
@@ -43,7 +45,7 @@ class Trainer:
     samples: int = 0
 
     def run(self) -> None:
-        """Train up to `training.train_steps`, then write the last checkpoint."""
+        """Train up to `training.train_steps`, or to the end of the data, then write the last checkpoint."""
         config = self.config
         writer = None
         if self.layout.is_last_stage_writer:
@@ -51,27 +53,32 @@ class Trainer:
                 Path(config.checkpoint.run_dir), config, start_step=self.step, train_steps=config.training.train_steps
             )
         try:
+            saved = self.step
             while self.step < config.training.train_steps:
-                values = self.train_step()
+                try:
+                    values = self.train_step()
+                except EndOfData as end:
+                    self._say(f"the data end after step {self.step}: {end}")
+                    if config.checkpoint.save_interval and saved < self.step:
+                        self.save()
+                    break
                 if writer:
                     writer.write(self.step, values)
                 if self._save_is_due():
                     self.save()
+                    saved = self.step
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
         finally:
             if writer:
                 writer.close()
 
     def train_step(self) -> dict[str, float | None]:
-        """One update; the values that the log shows (losses are None except on the last stage)."""
+        """One update; the values that the log shows (losses are None except on the last stage). Raises EndOfData."""
         config, start = self.config, time.perf_counter()
-        micro_batches = config.training.global_batch_size // self.layout.dp_size
-        packs = [self.reader.next() for _ in range(micro_batches)]
+        packs = self.reader.next_step()
         read = time.perf_counter()
         plans = [pack.plan for pack in packs]
-        bad_rows = self.reader.state_dict()["faults"]["num_bad"]
-        skipped = sum(number for kinds in bad_rows.values() for number in kinds.values())
-        counts = count(plans, config.training, self.layout.device, skipped)
+        counts = count(plans, config.training, self.layout.device)
         inputs = self.encoder(packs)
         encoded = time.perf_counter()
         for stage in self.stages:
@@ -119,12 +126,12 @@ class Trainer:
             "mse_tokens": counts.mse_tokens,
             "samples": counts.samples,
             "samples_seen": self.samples,
-            "skipped_samples": counts.skipped,
             "params_norm": parameter_norm(self.optimizer),
             "encode_balance": self.encoder.balance,
             "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
             "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
             **times,
+            **log_values(self.reader.state_dict()["faults"]),
         }
 
     def _save_is_due(self) -> bool:
@@ -151,6 +158,9 @@ class Trainer:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
         self.reader.load_state_dict(state.data_state)
-        if self.layout.rank == 0:
-            print(f"continuing after step {self.step} from {state.folder}", flush=True)
+        self._say(f"continuing after step {self.step} from {state.folder}")
         return True
+
+    def _say(self, message: str) -> None:
+        if self.layout.rank == 0:
+            print(message, flush=True)

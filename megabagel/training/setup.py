@@ -1,12 +1,15 @@
 """Puts a run together on one rank: model, weights, optimizer, data, autoencoder; continues a run if there is one."""
 
+from functools import partial
+from pathlib import Path
+
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import load_dataset_groups
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.precision import rows_per_tile
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
-from megabagel.data.faults import DataError
+from megabagel.data.faults import FAULTS_FILE, DataError
 from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
@@ -14,7 +17,8 @@ from megabagel.models.build import DTYPES, build_stages
 from megabagel.models.vision import is_frozen
 from megabagel.packing.geometry import geometry_of
 from megabagel.packing.planner import fixed_length
-from megabagel.runtime.distributed import Layout
+from megabagel.runtime.distributed import Layout, gather_objects
+from megabagel.training.cost_model import cost_model
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.loop import Trainer
@@ -36,8 +40,14 @@ def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | 
         geometry_of(config.model, tokenizer.special),
         tile=tile,
         total_length=total_length,
+        global_batch_size=config.training.global_batch_size,
         data_parallel_rank=layout.dp_rank,
         data_parallel_size=layout.dp_size,
+        exchange=partial(gather_objects, layout.sources_group) if layout.dp_size > 1 else None,
+        cost_model=cost_model(config.model) if config.data.packing == "balanced" else None,
+        faults_file=Path(config.checkpoint.run_dir) / FAULTS_FILE,
+        visual_und=config.model.visual_und,
+        visual_gen=config.model.visual_gen,
     )
 
 

@@ -30,14 +30,10 @@ class LossCounts:
     mse_tokens: int
     tokens: int
     samples: int
-    skipped: int  # unusable rows passed over since the run began
 
 
-def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device, skipped: int = 0) -> LossCounts:
-    """Sum over this replica's plans and all data-parallel ranks; every rank must call it.
-
-    `skipped`: unusable rows that this replica's reader has passed over so far.
-    """
+def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device) -> LossCounts:
+    """Sum over this replica's plans and all data-parallel ranks; every rank must call it."""
     per_plan = [
         (
             plan.ce_weights.double().sum().item() if training.ce_loss_reweighting else plan.ce_rows.numel(),
@@ -49,7 +45,6 @@ def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device,
         for plan in plans
     ]
     total = torch.tensor(per_plan, dtype=torch.float64, device=device).sum(dim=0)
-    total = torch.cat([total, total.new_tensor([skipped])])
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     ce, *integers = total.tolist()
     return LossCounts(ce, *(int(n) for n in integers))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megabagel.data.broadcast import ReplicaReader, broadcast_pack
 from megabagel.data.faults import DataError
 from megabagel.data.handout import hand_out
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from tests.unit.data_fixtures import edit_group, make_reader, same_pack, t2i_group, vlm_group, vlm_line
 
 SOURCE = 1

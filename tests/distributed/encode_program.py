@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import Config, ParallelConfig
 from megabagel.data.broadcast import broadcast_pack
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.models.embeddings import StreamInputs
 from megabagel.models.vision import VisionTower

@@ -11,7 +11,6 @@ from PIL import Image
 
 from megabagel.config.datasets import DatasetPaths, GroupConfig, ImageTransformArgs
 from megabagel.config.schema import DataConfig
-from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.packing.geometry import Geometry
 
@@ -98,15 +97,31 @@ def data_config(**fields) -> DataConfig:
         "prefer_buffer_before": 60,
         "max_buffer_size": 4,
         "num_workers": 0,
+        "max_bad_fraction": 1.0,
     }
     return DataConfig(**{**values, **fields})
 
 
-def make_reader(groups: dict[str, GroupConfig], rank: int = 0, size: int = 1, **fields) -> Reader:
+_READER_FIELDS = ("global_batch_size", "exchange", "cost_model", "faults_file", "visual_und", "visual_gen")
+
+
+def make_reader(groups: dict[str, GroupConfig], rank: int = 0, size: int = 1, **fields):
+    """A Reader; `fields` of DataConfig, or arguments of Reader."""
+    from megabagel.data.reader import Reader
+
     tokenizer = Tokenizer(TOKENIZER)
     geometry = Geometry(16, 8, 14, 8, tokenizer.special)
-    config = data_config(**fields)
-    return Reader(config, groups, tokenizer, geometry, tile=16, data_parallel_rank=rank, data_parallel_size=size)
+    arguments = {name: fields.pop(name) for name in _READER_FIELDS if name in fields}
+    return Reader(
+        data_config(**fields),
+        groups,
+        tokenizer,
+        geometry,
+        tile=16,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        **arguments,
+    )
 
 
 def same_pack(a, b) -> bool:

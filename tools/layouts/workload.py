@@ -8,7 +8,7 @@ import torch
 
 from megabagel.config.autoencoder import AutoencoderConfig
 from megabagel.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, VisionConfig
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from megabagel.packing.geometry import Geometry, SpecialTokens, geometry_of
 from megabagel.packing.planner import build_plan
 from megabagel.packing.sample import Item, Sample

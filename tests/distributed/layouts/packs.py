@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megabagel.data.reader import Pack
+from megabagel.data.pack import Pack
 from megabagel.packing.geometry import Geometry, SpecialTokens
 from megabagel.packing.planner import build_plan
 from megabagel.packing.sample import Item, Sample
@@ -86,16 +86,15 @@ class PackReader:
         self._steps, self._shape = steps, (geometry, tile, total_length)
         self._read = 0
 
-    def __next__(self) -> Pack:
-        step, number = divmod(self._read, len(self._places))
+    def next_step(self) -> list[Pack]:
+        step = self._read
         self._read += 1
-        place = self._places[number]
-        return make_pack(self._steps[step][place], (step, place), *self._shape)
+        return [make_pack(self._steps[step][place], (step, place), *self._shape) for place in self._places]
 
     def state_dict(self) -> dict:
-        return {"faults": {"num_bad": {}}, "steps": self._read // len(self._places)}
+        return {"faults": {"num_good": {}, "num_bad": {}}, "steps": self._read}
 
     def load_state_dict(self, state: dict) -> None:
-        self._read = state["steps"] * len(self._places)
+        self._read = state["steps"]
 
     def close(self) -> None: ...
