@@ -1,13 +1,42 @@
-"""Pictures: decode to RGB, resize by BAGEL's rule, hand on uint8 pixels. Normalisation is the model's business."""
+"""Pictures: size from the header, decoding to upright RGB, BAGEL's resize rule. Nothing is allocated before the size is
+known to be allowed. Normalisation is the model's business, and which sizes a group wants is decided in `prepare.py`."""
 
 import io
-from pathlib import Path
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import fsspec
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from megabagel.config.datasets import ImageTransformArgs
+from megabagel.config.datasets import ImageTransformArgs, is_url
+from megabagel.config.schema import DataConfig
 from megabagel.data.faults import DataFault
+
+# Other formats of Pillow are rare in data sets, and some of them start programs or hide a second, larger picture.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+MAX_PIXELS = DataConfig.max_image_pixels
+MAX_BYTES_PER_PIXEL = 8  # sixteen bits in four channels; larger files than that hold no picture of the allowed size
+_MAX_METADATA = 16 << 20  # bytes of one unpacked PNG text or colour profile; Pillow's 1 MiB refuses ordinary scans
+_TILE_SIDES = (TiffImagePlugin.TILEWIDTH, 323)  # TIFF tags of width and height
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+
+PngImagePlugin.MAX_TEXT_CHUNK = _MAX_METADATA
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * _MAX_METADATA
+Image.MAX_IMAGE_PIXELS = None  # the limit is checked here, where it is known, before anything is decoded
+warnings.filterwarnings("ignore", module=r"PIL\..*")  # about metadata; what matters is raised
 
 
 def target_size(width: int, height: int, args: ImageTransformArgs, num_images: int = 1) -> tuple[int, int]:
@@ -34,37 +63,124 @@ def _scaled(side: int, scale: float, stride: int) -> int:
     return max(stride, round(round(side * scale) / stride) * stride)
 
 
-def decode(source: bytes | str | Path) -> Image.Image:
-    """Encoded bytes or a file's path as an upright RGB picture, transparency on white.
+def header_size(source: bytes | str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of the upright picture (of the first one in the file) without decoding it.
 
-    Raises DataFault (missing_file, undecodable_image).
+    `source`: encoded bytes, a local path or a URL. Raises DataFault (missing_file, unreadable_file, image_bomb,
+    undecodable_image).
     """
+    with _faults_of(source), _opened(source, max_pixels) as picture:
+        width, height = picture.size
+        return (height, width) if _orientation(picture) in (5, 6, 7, 8) else (width, height)
+
+
+def decode(source: bytes | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB picture (the first one in the file), transparency on white.
+
+    Raises DataFault as `header_size` does, and nan_pixels for a float picture with values that are not finite.
+    """
+    with _faults_of(source), _opened(source, max_pixels) as picture:
+        claimed, orientation = picture.size, _orientation(picture)
+        picture.load()
+        if picture.size != claimed:
+            raise DataFault("undecodable_image", f"image is {picture.size} pixels, but its header says {claimed}")
+        image = picture if orientation == 1 else picture.transpose(_TURNS[orientation])
+        return _to_rgb(image)
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Pixels at `size` (width, height), uint8 [H, W, 3], writable and contiguous."""
+    resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return np.array(resized, dtype=np.uint8)
+
+
+@contextmanager
+def _opened(source: bytes | str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read and its size checked."""
+    with Image.open(_stream(source, max_pixels * MAX_BYTES_PER_PIXEL), formats=FORMATS) as picture:
+        _check_area(*picture.size, max_pixels)
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):  # a tile may be larger than the picture
+            tile = [picture.tag_v2.get(tag, 1) for tag in _TILE_SIDES]
+            _check_area(*tile, max_pixels)
+        yield picture
+
+
+def _check_area(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise DataFault("undecodable_image", f"image is {width} x {height} pixels, it has none")
+    if width * height > max_pixels:
+        raise DataFault(
+            "image_bomb", f"image is {width} x {height} pixels, more than data.max_image_pixels = {max_pixels}"
+        )
+
+
+def _stream(source: bytes | str, max_bytes: int):
+    """An open binary file. Only regular files: a pipe would block and a device never end."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if is_url(source):
+        return io.BytesIO(_download(source, max_bytes))
+    status = os.stat(source)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataFault("unreadable_file", f"image {source} is not a file")
+    if status.st_size > max_bytes:
+        raise DataFault("image_bomb", f"image {source} has {status.st_size} bytes, at most {max_bytes} are read")
+    return open(source, "rb")
+
+
+def _download(url: str, max_bytes: int) -> bytes:
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
+        with fsspec.open(url, "rb") as file:
+            content = file.read(max_bytes + 1)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # every storage library raises its own
+        raise DataFault("unreadable_file", f"image {url} cannot be read: {error!r}") from None
+    if len(content) > max_bytes:
+        raise DataFault("image_bomb", f"image {url} has more than {max_bytes} bytes")
+    return content
+
+
+@contextmanager
+def _faults_of(source: bytes | str) -> Iterator[None]:
+    """Turn whatever reading a picture raises into a DataFault."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else f"file {source!r}"
+    try:
+        yield
+    except DataFault:
+        raise
     except FileNotFoundError:
-        raise DataFault("missing_file", f"image {source} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else f"file {source}"
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise DataFault("undecodable_image", f"image ({name}) cannot be decoded: {reason}") from None
-    return _to_rgb(image)
+        raise DataFault("missing_file", f"image {source!r} does not exist") from None
+    except UnidentifiedImageError:
+        raise DataFault("undecodable_image", f"image ({name}) cannot be decoded: unknown format") from None
+    except MemoryError:
+        raise DataFault("image_bomb", f"image ({name}) needs more memory than its size explains") from None
+    except Exception as error:  # hostile bytes make the decoders raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataFault("unreadable_file", f"image ({name}) cannot be read: {error.strerror}") from None
+        kind = "image_bomb" if "MAX_TEXT" in str(error) else "undecodable_image"
+        raise DataFault(kind, f"image ({name}) cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation 1 to 8 as far as the header tells it; 1 where it is absent or broken."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow turns these itself
+        return 1
+    try:  # the method of PNG decodes the picture to look for metadata behind it
+        orientation = Image.Image.getexif(picture).get(_ORIENTATION, 1)
+    except Exception:  # broken metadata do not make the pixels unusable
+        return 1
+    return orientation if orientation in _TURNS else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise DataFault("nan_pixels", "image has float pixels that are NaN or infinite")
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey values instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, args: ImageTransformArgs, num_images: int = 1) -> np.ndarray:
-    """Resized picture, uint8 [H, W, 3], writable and contiguous."""
-    size = target_size(image.width, image.height, args, num_images)
-    resized = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-    return np.array(resized, dtype=np.uint8)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -3,6 +3,8 @@
 Chat templates and system prompts are not here: BAGEL frames items itself.
 """
 
+import hashlib
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -31,6 +33,11 @@ class Tokenizer:
     def __len__(self) -> int:
         """One more than the largest id; the model's vocabulary must be at least this large."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal hash of all that decides how texts become ids."""
+        return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, no frame tokens added."""

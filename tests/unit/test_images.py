@@ -10,8 +10,8 @@ from PIL import Image
 
 from megabagel.config.datasets import ImageTransformArgs
 from megabagel.data.faults import DataFault
-from megabagel.data.images import decode, target_size, to_pixels
-from tests.unit.data_fixtures import TRANSFORM, png
+from megabagel.data.images import decode, header_size, resize, target_size
+from tests.unit.data_fixtures import png
 
 RESIZE = json.loads((Path(__file__).parents[1] / "golden" / "resize.json").read_text())
 
@@ -32,8 +32,8 @@ def test_resize_rule_reproduces_the_reference_table(case):
 
 
 def test_pixels_are_uint8_rows_first():
-    pixels = to_pixels(decode(png(3, (64, 32))), TRANSFORM)
-    assert pixels.shape == (32, 64, 3) and pixels.dtype == np.uint8
+    pixels = resize(decode(png(3, (40, 20))), (64, 32))
+    assert pixels.shape == (32, 64, 3) and pixels.dtype == np.uint8 and pixels.flags.writeable
     assert (pixels == [3, 0, 7]).all()
 
 
@@ -61,7 +61,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    assert decode(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+    turned = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    assert decode(turned).size == header_size(turned) == (4, 8)
 
 
 def test_bad_pictures_are_faults_that_say_what_is_wrong(tmp_path):
@@ -71,5 +72,5 @@ def test_bad_pictures_are_faults_that_say_what_is_wrong(tmp_path):
     with pytest.raises(DataFault, match="truncated"):
         decode(encoded(Image.effect_noise((64, 64), 50), "JPEG")[:600])
     with pytest.raises(DataFault, match="does not exist") as raised:
-        decode(tmp_path / "gone.png")
+        decode(str(tmp_path / "gone.png"))
     assert raised.value.kind == "missing_file"
