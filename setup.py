@@ -41,6 +41,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.17",
+        "fsspec",
         "jsonargparse[signatures]>=4.49",
         "matplotlib",
         "ninja",
@@ -60,6 +61,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb"],
         "eval": ["nltk", "scipy"],
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "video": ["av"],
+        "dev": ["av", "hypothesis", "pytest", "pytest-timeout", "ruff"],
     },
 )

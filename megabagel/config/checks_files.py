@@ -3,12 +3,22 @@
 Only names, JSON files and safetensors headers are read. Damaged rows of data are the reader's matter, not a fault here.
 """
 
+import glob
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megabagel.config.datasets import EDIT, T2I, UND_ONLY, GroupConfig, ImageTransformArgs, load_dataset_groups
+from megabagel.config.datasets import (
+    EDIT,
+    T2I,
+    UND_ONLY,
+    DatasetPaths,
+    GroupConfig,
+    ImageTransformArgs,
+    is_url,
+    load_dataset_groups,
+)
 from megabagel.config.errors import ConfigError
 from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, is_checkpoint, read_autoencoder_config, tensor_shapes
 from megabagel.config.paths import autoencoder_path, tokenizer_path
@@ -197,16 +207,22 @@ def _group(config: Config, group: GroupConfig, where: str) -> Iterator[str]:
         if used < 1:
             yield f"{where}, data set `{dataset}`: num_used_data is {used}, but must be at least 1."
     for dataset, paths in group.datasets.items():
-        at = f"{where}, data set `{dataset}`"
-        if paths.jsonl_path is not None and not Path(paths.jsonl_path).is_file():
-            yield f"{at}: jsonl_path {paths.jsonl_path} is not a file (relative paths count from the data file)."
-        if paths.data_dir is not None and not Path(paths.data_dir).is_dir():
-            yield f"{at}: data_dir {paths.data_dir} is not a folder (relative paths count from the data file)."
-        if group.format in (T2I, EDIT) and paths.path == paths.data_dir:
-            if not list(Path(paths.data_dir).glob("*.parquet")):
-                yield f"{at}: data_dir {paths.data_dir} holds no *.parquet file."
-        if paths.parquet_info_path is not None and not Path(paths.parquet_info_path).is_file():
-            yield f"{at}: parquet_info_path {paths.parquet_info_path} is not a file; leave the key out to do without."
+        yield from _paths(group.format, paths, f"{where}, data set `{dataset}`")
+
+
+def _paths(format: str, paths: DatasetPaths, at: str) -> Iterator[str]:
+    """Local files and folders that are not there; what lies behind a URL is found out when the run starts."""
+    jsonl, folder, path, info = paths.jsonl_path, paths.data_dir, paths.path, paths.parquet_info_path
+    if jsonl is not None and not is_url(jsonl) and not Path(jsonl).is_file():
+        yield f"{at}: jsonl_path {jsonl} is not a file (relative paths count from the data file)."
+    if folder is not None and not is_url(folder) and not Path(folder).is_dir():
+        yield f"{at}: data_dir {folder} is not a folder (relative paths count from the data file)."
+    if path not in (None, jsonl, folder) and not is_url(path) and not (Path(path).exists() or glob.glob(path)):
+        yield f"{at}: path {path} is not there (relative paths count from the data file)."
+    if format in (T2I, EDIT) and path == folder and not is_url(path) and not list(Path(folder).glob("*.parquet")):
+        yield f"{at}: data_dir {folder} holds no *.parquet file."
+    if info is not None and not is_url(info) and not Path(info).is_file():
+        yield f"{at}: parquet_info_path {info} is not a file; leave the key out to do without."
 
 
 def _pictures(config: Config, args: ImageTransformArgs, kind: str, where: str) -> Iterator[str]:

@@ -29,6 +29,7 @@ FORMATS = (
     "text",
     "video",
 )
+FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".tar")
 UND_ONLY = (VLM, "image_to_text", "sft_chat", "text", "video")  # generate no picture: one size, that of the ViT
 
 
@@ -67,7 +68,8 @@ class GroupConfig:
     """One group: data sets mixed into one stream of samples."""
 
     datasets: dict[str, DatasetPaths]
-    image_transform_args: ImageTransformArgs  # VAE pictures; ViT pictures where the format generates none
+    # VAE pictures; ViT pictures where the format generates none; only the format text goes without
+    image_transform_args: ImageTransformArgs | None = None
     dataset_names: list[str] = field(default_factory=list)  # entries of `datasets` that are used, in order; empty: all
     format: str = ""  # one of FORMATS; empty: the group's name
     vit_image_transform_args: ImageTransformArgs | None = None  # ViT pictures of formats that generate
@@ -75,6 +77,8 @@ class GroupConfig:
     is_mandatory: bool = False  # every pack starts with a sample of each mandatory group
     weight: float = 1.0  # relative frequency of draws among the groups
     num_used_data: list[int] | None = None  # per data set: parquet files, or rows of other files; null: all
+    shuffle_lines: bool = False  # num_used_data takes rows at random, not the first ones
+    shuffle_seed: int = 0
     repeats: int | None = None  # passes over the group, after which it is drawn no more; null: endless
     latents_dir: str | None = None  # latents and features stored by tools/encode_latents.py
 
@@ -87,9 +91,6 @@ class GroupConfig:
     def vit_args(self) -> ImageTransformArgs | None:
         """Sizes of pictures for the ViT."""
         return self.vit_image_transform_args or (self.image_transform_args if self.format in UND_ONLY else None)
-
-    shuffle_lines: bool = False
-    shuffle_seed: int = 0
 
 
 def load_dataset_groups(path: str) -> dict[str, GroupConfig]:
@@ -117,13 +118,14 @@ def load_dataset_groups(path: str) -> dict[str, GroupConfig]:
 
 def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
     """The typed group with its format, `dataset_names` filled and `datasets` the used ones, paths absolute."""
-    group = build(GroupConfig, value, where)
-    group.format = group.format or name
-    if group.format not in FORMATS:
+    stated = value.get("format") if isinstance(value, dict) else None
+    if (stated or name) not in FORMATS:
         raise ConfigError(
-            f"{where}: `{group.format}` is not a format; set `format` to one of {', '.join(FORMATS)}, "
+            f"{where}: `{stated or name}` is not a format; set `format` to one of {', '.join(FORMATS)}, "
             "or name the group like one."
         )
+    group = build(GroupConfig, value, where)
+    group.format = stated or name
     group.dataset_names = group.dataset_names or list(group.datasets)
     if not group.dataset_names:
         raise ConfigError(f"{where}: `datasets` is empty; describe at least one data set or remove the group.")
@@ -140,6 +142,8 @@ def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
     given, wanted = len(group.num_used_data or []), len(group.dataset_names)
     if group.num_used_data is not None and given != wanted:
         raise ConfigError(f"{where}: `num_used_data` has {given} entries for {wanted} data sets; give one for each.")
+    if group.format != "text" and group.image_transform_args is None:
+        raise ConfigError(f"{where}: key `image_transform_args` is missing; add it.")
     if group.format not in (*UND_ONLY, T2I, "text_to_image") and group.vit_image_transform_args is None:
         raise ConfigError(
             f"{where}: key `vit_image_transform_args` is missing; source pictures also enter through the ViT."
@@ -155,8 +159,9 @@ def _absolute(paths: DatasetPaths, folder: Path) -> DatasetPaths:
             setattr(paths, name, _located(value, folder))
     paths.path = paths.path or paths.jsonl_path or paths.data_dir
     if paths.data_dir is None:
-        is_file = Path(paths.path).suffix or "*" in Path(paths.path).name
-        paths.data_dir = paths.path.rpartition("/")[0] if is_file else paths.path
+        fixed = paths.path.partition("*")[0]  # of a pattern, the folders above it
+        is_file = fixed != paths.path or Path(paths.path).suffix.lower() in FILE_SUFFIXES
+        paths.data_dir = fixed.rpartition("/")[0] if is_file else paths.path
     return paths
 
 

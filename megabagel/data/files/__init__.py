@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megabagel.config.datasets import EDIT, T2I, DatasetPaths, GroupConfig, is_url
+from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig, is_url
 from megabagel.data.faults import DataError, Fault
 from megabagel.data.files import storage
 from megabagel.data.files.json_array import JsonArray
@@ -21,7 +21,6 @@ from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY, Cache, Parquet
 from megabagel.data.files.webdataset import Tar
 from megabagel.runtime import rng
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".tar")
 _BLOCK = 256  # rows in place of a whole file where other files of the group are parquet
 
 
@@ -139,7 +138,7 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
     setting = "jsonl_path" if where == paths.jsonl_path else setting
     # the official folders may hold more than their rows
     official = format in (T2I, EDIT) and setting == "data_dir"
-    suffixes = (".parquet",) if official else SUFFIXES
+    suffixes = (".parquet",) if official else FILE_SUFFIXES
     try:
         files = [file for file in storage.list_files(where, suffixes) if file != paths.parquet_info_path]
     except OSError as error:
@@ -152,9 +151,9 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
             f"data set {name}: {setting} {where} holds {', '.join(sorted(kinds))} files; name the ones to read with "
             f"a pattern, for example {where.rstrip('/')}/*{min(kinds)}."
         )
-    if not kinds <= set(SUFFIXES):
+    if not kinds <= set(FILE_SUFFIXES):
         raise DataError(
-            f"data set {name}: {setting} {where} must be one of {', '.join(SUFFIXES)}, or a folder of them."
+            f"data set {name}: {setting} {where} must be one of {', '.join(FILE_SUFFIXES)}, or a folder of them."
         )
     if paths.parquet_info_path is not None:
         _compare(name, paths.parquet_info_path, where, files, faults)
@@ -165,7 +164,7 @@ def _nothing_at(where: str, setting: str, suffixes: tuple[str, ...]) -> str:
     if "*" in where:
         return f"no {', '.join(suffixes)} file matches {setting} {where}"
     if is_url(where) or not Path(where).is_dir():
-        kind = "file" if storage.suffix(where) in SUFFIXES else "folder"
+        kind = "file" if storage.suffix(where) in FILE_SUFFIXES else "folder"
         return f"{kind} {setting} {where} does not exist"
     return f"folder {setting} {where} holds no {', '.join('*' + suffix for suffix in suffixes)} file"
 
