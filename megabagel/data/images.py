@@ -7,21 +7,23 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
-import fsspec
 import numpy as np
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from megabagel.config.datasets import ImageTransformArgs, is_url
 from megabagel.config.schema import DataConfig
-from megabagel.data.faults import DataFault
+from megabagel.data.faults import DataError, DataFault
+from megabagel.data.files import storage
 
 # Other formats of Pillow are rare in data sets, and some of them start programs or hide a second, larger picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 MAX_PIXELS = DataConfig.max_image_pixels
 MAX_BYTES_PER_PIXEL = 8  # sixteen bits in four channels; larger files than that hold no picture of the allowed size
 _MAX_METADATA = 16 << 20  # bytes of one unpacked PNG text or colour profile; Pillow's 1 MiB refuses ordinary scans
-_TILE_SIDES = (TiffImagePlugin.TILEWIDTH, 323)  # TIFF tags of width and height
+_BAND_ROWS = 256
+_TILE_SIDES = (322, 323)  # TIFF tags
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,11 +99,10 @@ def resize(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 @contextmanager
 def _opened(source: bytes | str, max_pixels: int) -> Iterator[Image.Image]:
     """The picture with its header read and its size checked."""
-    with Image.open(_stream(source, max_pixels * MAX_BYTES_PER_PIXEL), formats=FORMATS) as picture:
+    with _stream(source, max_pixels * MAX_BYTES_PER_PIXEL) as stream, Image.open(stream, formats=FORMATS) as picture:
         _check_area(*picture.size, max_pixels)
         if isinstance(picture, TiffImagePlugin.TiffImageFile):  # a tile may be larger than the picture
-            tile = [picture.tag_v2.get(tag, 1) for tag in _TILE_SIDES]
-            _check_area(*tile, max_pixels)
+            _check_area(*(picture.tag_v2.get(tag, 1) for tag in _TILE_SIDES), max_pixels)
         yield picture
 
 
@@ -114,31 +115,29 @@ def _check_area(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _stream(source: bytes | str, max_bytes: int):
-    """An open binary file. Only regular files: a pipe would block and a device never end."""
+def _stream(source: bytes | str, max_bytes: int) -> BinaryIO:
+    """The encoded picture. Only regular files: a pipe would block and a device never end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if is_url(source):
-        return io.BytesIO(_download(source, max_bytes))
+        try:
+            content = storage.read(source, 0, max_bytes + 1)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise DataFault("unreadable_file", f"image {source} cannot be read: {error}") from None
+        _check_bytes(source, len(content), max_bytes)
+        return io.BytesIO(content)
     status = os.stat(source)
     if not stat.S_ISREG(status.st_mode):
         raise DataFault("unreadable_file", f"image {source} is not a file")
-    if status.st_size > max_bytes:
-        raise DataFault("image_bomb", f"image {source} has {status.st_size} bytes, at most {max_bytes} are read")
+    _check_bytes(source, status.st_size, max_bytes)
     return open(source, "rb")
 
 
-def _download(url: str, max_bytes: int) -> bytes:
-    try:
-        with fsspec.open(url, "rb") as file:
-            content = file.read(max_bytes + 1)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # every storage library raises its own
-        raise DataFault("unreadable_file", f"image {url} cannot be read: {error!r}") from None
-    if len(content) > max_bytes:
-        raise DataFault("image_bomb", f"image {url} has more than {max_bytes} bytes")
-    return content
+def _check_bytes(name: str, size: int, most: int) -> None:
+    if size > most:
+        raise DataFault("image_bomb", f"image {name} has more than {most} bytes, as much as data.max_image_pixels need")
 
 
 @contextmanager
@@ -147,7 +146,7 @@ def _faults_of(source: bytes | str) -> Iterator[None]:
     name = f"{len(source)} bytes" if isinstance(source, bytes) else f"file {source!r}"
     try:
         yield
-    except DataFault:
+    except (DataFault, DataError):
         raise
     except FileNotFoundError:
         raise DataFault("missing_file", f"image {source!r} does not exist") from None
@@ -179,8 +178,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey values instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In bands of rows: whole copies of a large picture would add up to several times its size."""
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    for top in range(0, image.height, _BAND_ROWS):
+        band = image.crop((0, top, image.width, min(top + _BAND_ROWS, image.height))).convert("RGBA")
+        white.paste(band, (0, top), mask=band)
+    return white

@@ -100,7 +100,8 @@ class Preparer:
                 height, width = sizes[kind][place]
                 found = self._stored(group_index, planned.key[1], number, kind, (height, width))
                 if found is None:
-                    image = image or self._decode(pictures[number])
+                    if image is None:
+                        image = decode(_content(pictures[number]), self.config.max_image_pixels)
                     self._check_unchanged(group_index, kind, image.size, (width, height), num_images)
                     found = resize(image, (width, height))
                 pixels[kind][place] = found
@@ -191,9 +192,6 @@ class Preparer:
     def _stored(self, group_index: int, row: int, number: int, kind: int, size: tuple[int, int]) -> np.ndarray | None:
         known = self.known[group_index] if self.known else None
         return known.lookup(row, number, _PICTURES[kind], size) if known else None
-
-    def _decode(self, image: ImageSource):
-        return decode(_content(image), self.config.max_image_pixels)
 
     def _check_unchanged(
         self, group_index: int, kind: int, found: tuple[int, int], planned: tuple[int, int], num_images: int
