@@ -15,7 +15,7 @@ from megabagel.data.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MIN_CHARACTERS = 64  # shorter texts are tokenised faster than looked up
+MIN_CHARACTERS = 32  # shorter texts are tokenised faster than looked up
 _WAIT_S = 5.0  # for another process that writes
 _ROWS_PER_WRITE = 64
 _CHECKSUM_BYTES = 4
