@@ -61,14 +61,17 @@ class Context:
 
 def _remote_path(folder: str, name: str) -> str:
     root = folder.rstrip("/") + "/"
-    inside = posixpath.normpath(name.removeprefix(root))
-    if is_url(inside) or "::" in inside or inside.startswith("/") or inside.split("/")[0] == ".." or "\0" in name:
+    inside = name.removeprefix(root)
+    parts = posixpath.normpath(inside).split("/")  # the first is empty where the name begins with a slash
+    if is_url(inside) or "::" in inside or parts[0] in ("", "..") or "\0" in inside:  # fsspec chains URLs with ::
         raise _outside(name, folder)
-    return root + inside
+    return root + "/".join(parts)
 
 
 def _local_path(folder: str, name: str) -> str:
     """Raises DataFault when the name, or a link on its way, leads out of `folder`."""
+    if is_url(name):
+        raise _outside(name, folder)
     path = os.path.normpath(os.path.join(folder, name))
     try:
         root = _real(folder)
@@ -79,7 +82,7 @@ def _local_path(folder: str, name: str) -> str:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return _missing(path, name, folder)
     except (OSError, ValueError) as error:  # a loop of links, a name too long or with characters that no name has
-        raise DataFault("path_outside", f"{_brief(name)} is no usable path below {folder} ({error})") from None
+        raise DataFault("path_outside", f"{_brief(name)} is no usable path below {folder} ({_reason(error)})") from None
     if not _is_below(real, root):
         raise _outside(name, folder)
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -107,6 +110,10 @@ def _outside(name: str, folder: str) -> DataFault:
     return DataFault(
         "path_outside", f"{_brief(name)} leads out of {folder}; set data_dir to a folder with all pictures"
     )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror if isinstance(error, OSError) else str(error)
 
 
 def _brief(value: object) -> str:
