@@ -6,13 +6,14 @@ What the keys of a row mean is decided in `data/sources`.
 import json
 from bisect import bisect_right
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig, is_url
+from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig
 from megabagel.data.faults import DataError, Fault
 from megabagel.data.files import storage
 from megabagel.data.files.json_array import JsonArray
@@ -21,6 +22,7 @@ from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY, Cache, Parquet
 from megabagel.data.files.webdataset import Tar
 from megabagel.runtime import rng
 
+_OPENED_AT_ONCE = 8  # files: where each takes a round trip over a network
 _BLOCK = 256  # rows in place of a whole file where other files of the group are parquet
 
 
@@ -88,7 +90,9 @@ def open_rows(group: GroupConfig, columns: list[str] | None = None, required: li
     datasets = []
     for i, (name, paths) in enumerate(group.datasets.items()):
         faults: list[Fault] = []
-        files = [_open(path, columns, required or [], cache) for path in _paths(name, paths, group.format, faults)]
+        found = _paths(name, paths, group.format, faults)
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            files = list(pool.map(lambda path: _open(path, columns, required or [], cache), found))
         used = None if group.num_used_data is None else group.num_used_data[i]
         order = rng.generator(group.shuffle_seed, "line_choice", (i,)) if group.shuffle_lines else None
         datasets.append(_Dataset(files, paths.data_dir or "", faults, used, order))
@@ -163,7 +167,7 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
 def _nothing_at(where: str, setting: str, suffixes: tuple[str, ...]) -> str:
     if "*" in where:
         return f"no {', '.join(suffixes)} file matches {setting} {where}"
-    if is_url(where) or not Path(where).is_dir():
+    if not storage.is_folder(where):
         kind = "file" if storage.suffix(where) in FILE_SUFFIXES else "folder"
         return f"{kind} {setting} {where} does not exist"
     return f"folder {setting} {where} holds no {', '.join('*' + suffix for suffix in suffixes)} file"

@@ -36,18 +36,22 @@ def scan(path: str) -> np.ndarray:
 
     Raises DataError when the file cannot be read.
     """
-    newlines, length = [], 0
+    newlines, returns, length, last = [], [], 0, 0
     try:
         with storage.open_binary(path) as file:
             while chunk := file.read(_CHUNK):
-                newlines.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + length)
-                length += len(chunk)
+                content = np.frombuffer(chunk, dtype=np.uint8)
+                found = np.flatnonzero(content == ord("\n"))
+                newlines.append(found + length)
+                returns.append(np.where(found > 0, content[found - 1], last) == ord("\r"))
+                length, last = length + len(chunk), content[-1]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}).") from None
     ends = np.concatenate([*newlines, [length]]).astype(np.int64)
     begins = np.concatenate([[0], ends[:-1] + 1])
     lines = np.stack([begins, ends, np.arange(1, len(ends) + 1)], axis=1)
-    return lines[ends - begins > 1]
+    returned = np.concatenate([*returns, [False]])  # a line that is only the \r of \r\n is blank, too
+    return lines[ends - begins > returned]
 
 
 def read_span(path: str, begin: int, end: int) -> bytes:

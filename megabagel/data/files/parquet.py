@@ -23,8 +23,8 @@ class Parquet:
     """Random access to the rows of one file. `blocks` [row groups]: rows each."""
 
     def __init__(self, path: str, columns: list[str] | None, required: list[str], cache: Cache) -> None:
-        """`columns`: read where present; null: all. Without those of `required`, or unreadable, the file has no rows
-        and one fault."""
+        """`columns`: read where present; null: all. Without those of `required`, without any of `columns`, or
+        unreadable, the file has no rows and one fault."""
         self.path = path
         self.blocks: list[int] = []
         self.faults: list[Fault] = []
@@ -34,13 +34,12 @@ class Parquet:
         except (pa.ArrowException, OSError, ValueError) as error:
             message = f"truncated or not a parquet file, all its rows are lost ({error})"
             self.faults.append(Fault("unreadable_parquet", path, message))
-            layout = Layout([], required)
-        if missing := [column for column in required if column not in layout.columns]:
-            found = ", ".join(sorted(layout.columns))
-            message = f"column {', '.join(missing)} is missing (found {found}), all its rows are lost"
-            self.faults.append(Fault("missing_column", path, message))
         else:
-            self.blocks = layout.row_groups
+            if lack := _lack(layout.columns, columns, required):
+                found = ", ".join(sorted(layout.columns))
+                self.faults.append(Fault("missing_column", path, f"{lack} (found {found}), all its rows are lost"))
+            else:
+                self.blocks = layout.row_groups
         self._ends = list(accumulate(self.blocks))
         self.num_rows = sum(self.blocks)
 
@@ -75,6 +74,15 @@ class Parquet:
             raise DataFault("unreadable_parquet", f"row group {group} cannot be read ({error})") from None
 
 
+def _lack(present: list[str], columns: list[str] | None, required: list[str]) -> str:
+    """What keeps a file with the columns `present` from being used, or nothing."""
+    if missing := [column for column in required if column not in present]:
+        return f"column {', '.join(missing)} is missing"
+    if columns is not None and not set(columns) & set(present):
+        return f"none of the columns {', '.join(columns)} is there"
+    return ""
+
+
 @dataclass
 class Layout:
     """What a file's footer says."""
@@ -84,7 +92,9 @@ class Layout:
 
 
 def scan(path: str) -> Layout:
-    """Read the footer. Raises OSError or ArrowException when it cannot be read."""
+    """Read the footer. Raises OSError, ValueError or ArrowException when it cannot be read."""
     with storage.open_binary(path) as content, pq.ParquetFile(content) as file:
         rows = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+        if min(rows, default=0) < 0:
+            raise ValueError("a row group states a negative number of rows")
         return Layout(rows, list(file.schema_arrow.names))

@@ -47,7 +47,8 @@ def _list_remote(path: str, suffixes: tuple[str, ...]) -> list[str]:
         found = _tried(lambda: system.ls(inner, detail=False))
     else:
         return []
-    return sorted(system.unstrip_protocol(file) for file in found if suffix(file) in suffixes)
+    start = path.removesuffix(inner.lstrip("/"))  # protocols, which the system leaves out of names
+    return sorted(start + file.lstrip("/") for file in found if suffix(file) in suffixes)
 
 
 def suffix(path: str) -> str:

@@ -3,6 +3,7 @@
 Only headers are read to find them; members are then read one by one. Compressed archives have no random access.
 """
 
+import os
 import sys
 import tarfile
 from dataclasses import dataclass, field
@@ -84,12 +85,15 @@ def scan(path: str) -> tuple[Members, list[Fault]]:
 
 def _collect(file, path: str, samples: dict[str, list[tuple[int, int, str]]], faults: list[Fault]) -> None:
     """Append (offset, size, ending) of every file in the archive to its sample. Raises TarError where it is damaged."""
-    end = 0
+    end, total = 0, file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # the archive would keep them all
             if member.size < 0 or archive.offset <= end:
                 raise tarfile.ReadError(f"the header of {member.name} is damaged")
+            if member.offset_data + member.size > total:
+                raise tarfile.ReadError(f"member {member.name} is cut off")
             end = archive.offset
             folder, _, name = member.name.rpartition("/")
             stem, dot, ending = name.partition(".")
