@@ -23,12 +23,12 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in
 
 import psutil  # noqa: E402
 from baseline import official_pipeline  # noqa: E402
-from baseline.bench_files import write_files  # noqa: E402
-from megabagel.data.pack import Pack  # noqa: E402
+from baseline.bench_files import OFFICIAL, TINY, write_files  # noqa: E402
 from packs.mix import GEOMETRY  # noqa: E402
 
 from megabagel.config.datasets import load_dataset_groups  # noqa: E402
 from megabagel.config.schema import DataConfig  # noqa: E402
+from megabagel.data.pack import Pack  # noqa: E402
 from megabagel.data.reader import Reader  # noqa: E402
 from megabagel.data.text import Tokenizer  # noqa: E402
 
@@ -137,7 +137,7 @@ def ratios(rates: dict[str, list[Rate]], base: str) -> dict[str, float]:
 
 
 def speed(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    file = write_files(folder, options.samples, (options.shortest, options.longest))
+    file = write_files(folder, options.samples, (options.shortest, options.longest), options.sizes)
     config = replace(DataConfig(), num_workers=options.workers)
     ways = {
         "plain": lambda: plain_tokens(file, config),
@@ -149,13 +149,14 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def flatness(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    file = write_files(folder, options.samples, (32, 64))
-    config = replace(DataConfig(), num_workers=options.workers)
+    file = write_files(folder, options.samples, (32, 64), TINY)
+    budgets = {"expected_num_tokens": 4096, "max_num_tokens": 4608, "prefer_buffer_before": 2048}
+    config = replace(DataConfig(), num_workers=options.workers, max_num_tokens_per_sample=4096, **budgets)
     points = memory(file, config, options.memory_samples)
     return {"MiB at the end / after a fifth": round(points[-1][1] / points[1][1], 3)}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="resident memory instead of speed")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
@@ -164,11 +165,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packs", type=int, default=16, help="packs of a round")
-    options = parser.parse_args()
-    options.shortest, options.longest, options.memory_samples = 512, 1024, 100_000
+    options = parser.parse_args(argv)
+    options.shortest, options.longest, options.sizes, options.memory_samples = 512, 1024, OFFICIAL, 100_000
     if options.smoke:
-        options.samples, options.rounds, options.packs, options.workers = 16, 1, 2, min(options.workers, 1)
-        options.shortest, options.longest, options.memory_samples = 64, 96, 2000
+        options.samples, options.rounds, options.packs, options.workers = 16, 1, 2, 0
+        options.shortest, options.longest, options.sizes, options.memory_samples = 64, 96, TINY, 500
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         found = flatness(options, folder / "tiny") if options.memory else speed(options, folder / "jpeg")

@@ -16,13 +16,13 @@ from PIL import Image
 ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 ROWS_PER_GROUP = 32  # of parquet
 WORDS = "a red cat sits near the harbor while golden light falls on old stone walls and quiet green water".split()
-VAE_ARGS = {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512}
-EDIT_VIT_ARGS = {"image_stride": 14, "max_image_size": 518, "min_image_size": 224}
-VLM_ARGS = {"image_stride": 14, "max_image_size": 980, "min_image_size": 378, "max_pixels": 2_007_040}
+OFFICIAL = {"vae": (16, 1024, 512), "edit_vit": (14, 518, 224), "vlm": (14, 980, 378)}  # stride, most, least
+TINY = {"vae": (16, 64, 16), "edit_vit": (14, 56, 14), "vlm": (14, 56, 14)}
 
 
-def write_files(folder: Path, rows: int, sides: tuple[int, int]) -> Path:
-    """Write `rows` samples with pictures whose long side is drawn from `sides` (pixels); returns the data file."""
+def write_files(folder: Path, rows: int, sides: tuple[int, int], sizes: dict[str, tuple[int, int, int]]) -> Path:
+    """Write `rows` samples with pictures whose long side is drawn from `sides` (pixels), to be resized to `sizes`
+    (OFFICIAL or TINY); returns the data file."""
     file = folder / "data.yaml"
     if file.exists():
         return file
@@ -48,27 +48,29 @@ def write_files(folder: Path, rows: int, sides: tuple[int, int]) -> Path:
             turns[0] = ("human", "<image>\n" + turns[0][1])
             conversation = [{"from": who, "value": text} for who, text in turns]
             lines.write(json.dumps({"image": f"{row}.jpg", "conversations": conversation}) + "\n")
-    file.write_text(yaml.safe_dump(_groups(), sort_keys=False))
+    file.write_text(yaml.safe_dump(_groups(sizes), sort_keys=False))
     return file
 
 
-def _groups() -> dict:
+def _groups(sizes: dict[str, tuple[int, int, int]]) -> dict:
+    names = ("image_stride", "max_image_size", "min_image_size")
+    args = {use: dict(zip(names, size, strict=True)) for use, size in sizes.items()}
     return {
         "t2i_pretrain": {
             "weight": 2.0,
             "is_mandatory": True,
-            "image_transform_args": VAE_ARGS,
+            "image_transform_args": dict(args["vae"]),
             "datasets": {"photos": {"data_dir": "t2i"}},
         },
         "unified_edit": {
             "weight": 1.0,
-            "image_transform_args": VAE_ARGS,
-            "vit_image_transform_args": EDIT_VIT_ARGS,
+            "image_transform_args": dict(args["vae"]),
+            "vit_image_transform_args": args["edit_vit"],
             "datasets": {"edits": {"data_dir": "edit"}},
         },
         "vlm_sft": {
             "weight": 1.0,
-            "image_transform_args": VLM_ARGS,
+            "image_transform_args": args["vlm"] | {"max_pixels": 2_007_040},
             "datasets": {"chats": {"jsonl_path": "chats/rows.jsonl", "data_dir": "chats"}},
         },
     }
