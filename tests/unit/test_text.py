@@ -42,6 +42,16 @@ def test_missing_frame_tokens_are_added_behind_the_vocabulary(tmp_path):
     assert [special.bos, special.eos, special.start_of_image, special.end_of_image] == [*range(size - 4, size)]
 
 
+def test_the_fingerprint_tells_tokenizers_apart(tmp_path):
+    content = json.loads((Path(TOKENIZER) / "tokenizer.json").read_text())
+    same, other = tmp_path / "same", tmp_path / "other"
+    for folder in (same, other):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        content["model"]["merges"].pop()
+    assert Tokenizer(str(same)).fingerprint == Tokenizer(TOKENIZER).fingerprint != Tokenizer(str(other)).fingerprint
+
+
 def test_unusable_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         Tokenizer(str(tmp_path / "gone"))
