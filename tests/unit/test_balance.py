@@ -35,7 +35,7 @@ def steps(draw):
     return packs, tokens, costs, groups
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(steps(), st.sampled_from([[], [1], [0, 2]]))
 def test_samples_and_limits_are_kept_and_no_pack_gets_heavier_than_the_heaviest(step, mandatory):
     packs, tokens, costs, groups = step
@@ -80,6 +80,13 @@ def test_two_samples_are_exchanged_for_one_where_full_packs_allow_no_other():
     tokens, costs = [10, 5, 5, 10, 10, 10, 10], [61, 20, 25, 65, 30, 55, 58]
     balanced = balance([[0, 1, 2, 3], [4, 5, 6]], tokens, costs, [0] * 7, [], 30)
     assert sorted(map(sorted, balanced)) == [[0, 3, 4], [1, 2, 5, 6]]
+
+
+def test_one_long_sample_is_exchanged_for_many_short_ones():
+    tokens, costs = [400, 400] + [10] * 80, [1000, 1000] + [10] * 80
+    balanced = balance([[0, 1], list(range(2, 82))], tokens, costs, [0] * 82, [], 800)
+    assert loads(balanced, tokens) == [800, 800]
+    assert loads(balanced, costs) == [1400, 1400]
 
 
 def test_a_pack_that_needs_a_group_keeps_the_sample():
