@@ -72,7 +72,7 @@ class Reader:
         if (exchange is None) != (data_parallel_size == 1):
             raise ValueError(f"{data_parallel_size} readers need {'an' if exchange is None else 'no'} exchange")
         self._make_pack = partial(make_pack, geometry=geometry, tile=tile, total_length=total_length)
-        self._names, self._cost_model = list(groups), cost_model
+        self._names, self._cost_model, self._geometry = list(groups), cost_model, geometry
         maker = SampleMaker(groups, Preparer(groups, config, tokenizer, geometry, visual_und, visual_gen), config.seed)
         self._num_rows = [order.num_rows for order in maker.orders]
         rows, is_first = dict(zip(self._names, self._num_rows, strict=True)), data_parallel_rank == 0
@@ -171,7 +171,7 @@ class Reader:
 
     def _weigh(self, sample: PlannedSample) -> tuple[int, int, int]:
         cost = sample.num_tokens if self._cost_model is None else self._cost_model.cost(sample)
-        return sample.num_tokens, cost, pixel_bytes(sample)
+        return sample.num_tokens, cost, pixel_bytes(sample, self._geometry)
 
     def _plan(self) -> None:
         """Plan one more step and begin to read it, unless there is none."""

@@ -13,6 +13,7 @@ from megabagel.data.broadcast import ReplicaReader, broadcast_pack
 from megabagel.data.faults import DataError
 from megabagel.data.handout import hand_out
 from megabagel.data.pack import Pack
+from megabagel.data.steps import EndOfData
 from tests.unit.data_fixtures import edit_group, make_reader, same_pack, t2i_group, vlm_group, vlm_line
 
 SOURCE = 1
@@ -40,22 +41,23 @@ def check_packs_and_states(folder: Path) -> None:
     shared = [groups(folder, "mixed") if rank == SOURCE else None]
     dist.broadcast_object_list(shared, SOURCE)
     mixed = shared[0]
-    replica = ReplicaReader(lambda: make_reader(mixed), dist.group.WORLD, SOURCE)
-    with make_reader(mixed) as alone:
+    replica = ReplicaReader(lambda: make_reader(mixed, global_batch_size=2), dist.group.WORLD, SOURCE)
+    with make_reader(mixed, global_batch_size=2) as alone:
         assert replica.state_dict() == alone.state_dict()
-        for _ in range(3):
-            ours, expected = replica.next(), next(alone)
+        for _ in range(2):
+            step, expected_step = replica.next_step(), alone.next_step()
             assert replica.state_dict() == alone.state_dict()
-            assert expected.vae_images and expected.vit_images
-            assert all(image.is_meta == (rank != SOURCE) for image in pictures([ours]))
-            shapes = [image.shape for image in pictures([expected])]
-            assert [image.shape for image in pictures([ours])] == shapes
-            assert same_pack(without_pixels(ours), without_pixels(expected))
-            ours.plan.position_ids += torch.zeros_like(ours.plan.position_ids)  # writable
-        state, expected = replica.state_dict(), next(alone)
-    replica.next()
+            for ours, expected in zip(step, expected_step, strict=True):
+                assert expected.vae_images and expected.vit_images
+                assert all(image.is_meta == (rank != SOURCE) for image in pictures([ours]))
+                shapes = [image.shape for image in pictures([expected])]
+                assert [image.shape for image in pictures([ours])] == shapes
+                assert same_pack(without_pixels(ours), without_pixels(expected))
+                ours.plan.position_ids += torch.zeros_like(ours.plan.position_ids)  # writable
+        state, (expected, _) = replica.state_dict(), alone.next_step()
+    replica.next_step()
     replica.load_state_dict(state)
-    again = replica.next()
+    again, _ = replica.next_step()
     assert torch.equal(again.plan.text_ids, expected.plan.text_ids) and again.keys == expected.keys
     replica.close()
 
@@ -73,8 +75,8 @@ SHARES = {
 def check_pixels(folder: Path) -> None:
     """Pixels reach the owner of a picture and nobody else."""
     rank, world = dist.get_rank(), dist.group.WORLD
-    with make_reader(groups(folder, "mixed")) as reader:
-        whole = [next(reader) for _ in range(2)]
+    with make_reader(groups(folder, "mixed"), global_batch_size=2) as reader:
+        whole = reader.next_step()
     mine = [broadcast_pack(pack if rank == SOURCE else None, world, SOURCE) for pack in whole]
     assert pictures(whole[:1]) and pictures(whole[1:])
     for name, owner_of in SHARES.items():
@@ -100,9 +102,23 @@ def check_pixels(folder: Path) -> None:
 
 def check_packs_without_pictures(folder: Path) -> None:
     replica = ReplicaReader(lambda: make_reader(groups(folder, "text")), dist.group.WORLD, SOURCE)
-    pack = replica.next()
+    (pack,) = replica.next_step()
     assert not pack.vae_images and not pack.vit_images and pack.plan.text_ids.numel()
     assert same_pack(hand_out([pack], [], dist.group.WORLD, SOURCE)[0], pack)
+    replica.close()
+
+
+def check_end(folder: Path) -> None:
+    chosen = groups(folder, "text")
+    chosen["vlm_sft"].repeats = 1
+    replica = ReplicaReader(lambda: make_reader(chosen), dist.group.WORLD, SOURCE)
+    replica.next_step()
+    try:
+        replica.next_step()
+    except EndOfData as end:
+        assert "as often as it may be" in str(end)
+    else:
+        raise AssertionError("no end")
     replica.close()
 
 
@@ -117,14 +133,14 @@ def check_errors(folder: Path) -> None:
     world = dist.group.WORLD
     replica = ReplicaReader(lambda: make_reader(groups(folder, "broken")), world, SOURCE)
     said = [
-        message(replica.next),
+        message(replica.next_step),
         message(lambda: ReplicaReader(lambda: make_reader({"vlm_sft": None}), world, SOURCE)),
-        message(lambda: replica.load_state_dict({**replica.state_dict(), "data_parallel": [0, 7]})),
+        message(lambda: replica.load_state_dict({**replica.state_dict(), "num_rows": [7]})),
     ]
     replica.close()
     assert "group vlm_sft: not one of 1 rows" in said[0], said
     assert "the data reader failed: AttributeError" in said[1], said
-    assert "data_parallel [0, 7]" in said[2], said
+    assert "num_rows [7]" in said[2], said
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, said)
     assert everyone.count(said) == dist.get_world_size()
@@ -135,6 +151,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) / str(dist.get_rank())  # each rank its own files, the same in content
     check_packs_without_pictures(folder)
     check_errors(folder)
+    check_end(folder)
     check_packs_and_states(folder)
     check_pixels(folder)
     dist.barrier()

@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from megabagel.config.datasets import DatasetPaths, GroupConfig, ImageTransformArgs
 from megabagel.config.schema import DataConfig
+from megabagel.data.reader import Reader
 from megabagel.data.text import Tokenizer
 from megabagel.packing.geometry import Geometry
 
@@ -53,13 +55,14 @@ def t2i_group(folder: Path, num_rows: int = 24, **fields) -> GroupConfig:
     """Two parquet files with row groups of 4."""
     write_parquet(folder / "t2i" / "0.parquet", t2i_rows(range(num_rows // 2)))
     write_parquet(folder / "t2i" / "1.parquet", t2i_rows(range(num_rows // 2, num_rows)))
-    return GroupConfig({"one": DatasetPaths(data_dir=str(folder / "t2i"))}, TRANSFORM, **fields)
+    paths = str(folder / "t2i")
+    return GroupConfig({"one": DatasetPaths(data_dir=paths, path=paths)}, TRANSFORM, format="t2i_pretrain", **fields)
 
 
 def edit_group(folder: Path, num_rows: int = 10, **fields) -> GroupConfig:
     write_parquet(folder / "edit" / "0.parquet", edit_rows(range(num_rows)))
-    paths = {"one": DatasetPaths(data_dir=str(folder / "edit"))}
-    return GroupConfig(paths, TRANSFORM, vit_image_transform_args=VIT_TRANSFORM, **fields)
+    paths = {"one": DatasetPaths(data_dir=str(folder / "edit"), path=str(folder / "edit"))}
+    return GroupConfig(paths, TRANSFORM, format="unified_edit", vit_image_transform_args=VIT_TRANSFORM, **fields)
 
 
 def vlm_group(folder: Path, lines: list | None = None, **fields) -> GroupConfig:
@@ -71,8 +74,8 @@ def vlm_group(folder: Path, lines: list | None = None, **fields) -> GroupConfig:
         lines = [vlm_line(n) for n in range(12)]
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
     (folder / "vlm" / "data.jsonl").write_text(text)
-    paths = DatasetPaths(jsonl_path=str(folder / "vlm" / "data.jsonl"), data_dir=str(folder / "vlm"))
-    return GroupConfig({"one": paths}, VIT_TRANSFORM, **fields)
+    paths = DatasetPaths(path=str(folder / "vlm" / "data.jsonl"), data_dir=str(folder / "vlm"))
+    return GroupConfig({"one": paths}, VIT_TRANSFORM, format="vlm_sft", **fields)
 
 
 def vlm_line(n: int) -> dict:
@@ -102,18 +105,26 @@ def data_config(**fields) -> DataConfig:
     return DataConfig(**{**values, **fields})
 
 
+@lru_cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer(TOKENIZER)
+
+
+def reader_arguments(**fields) -> tuple[DataConfig, Tokenizer, Geometry]:
+    """What the golden checkpoint's readers are made with; `fields` of DataConfig."""
+    tokenizer = _tokenizer()
+    return data_config(**fields), tokenizer, Geometry(16, 8, 14, 8, tokenizer.special)
+
+
 _READER_FIELDS = ("global_batch_size", "exchange", "cost_model", "faults_file", "visual_und", "visual_gen")
 
 
-def make_reader(groups: dict[str, GroupConfig], rank: int = 0, size: int = 1, **fields):
-    """A Reader; `fields` of DataConfig, or arguments of Reader."""
-    from megabagel.data.reader import Reader
-
-    tokenizer = Tokenizer(TOKENIZER)
-    geometry = Geometry(16, 8, 14, 8, tokenizer.special)
+def make_reader(groups: dict[str, GroupConfig], rank: int = 0, size: int = 1, **fields) -> Reader:
+    """`fields` of DataConfig, or arguments of Reader."""
     arguments = {name: fields.pop(name) for name in _READER_FIELDS if name in fields}
+    config, tokenizer, geometry = reader_arguments(**fields)
     return Reader(
-        data_config(**fields),
+        config,
         groups,
         tokenizer,
         geometry,

@@ -44,18 +44,27 @@ def test_a_reader_needs_only_a_window_of_blocks_at_a_time():
 
 
 def test_mixture_follows_the_weights_and_never_draws_weight_zero():
-    mixture = Mixture({"a": 3.0, "b": 0.0, "c": 1.0}, seed=1, data_parallel_rank=0)
+    mixture = Mixture({"a": 3.0, "b": 0.0, "c": 1.0}, seed=1)
     counts = Counter(mixture.group(draw) for draw in range(2000))
     assert set(counts) == {0, 2}
     assert 0.70 < counts[0] / 2000 < 0.80
-    other = Mixture({"a": 3.0, "b": 0.0, "c": 1.0}, seed=1, data_parallel_rank=1)
+    other = Mixture({"a": 3.0, "b": 0.0, "c": 1.0}, seed=2)
     assert [mixture.group(draw) for draw in range(50)] != [other.group(draw) for draw in range(50)]
+
+
+def test_groups_that_have_ended_leave_their_share_to_the_others():
+    mixture = Mixture({"a": 6.0, "b": 1.0, "c": 3.0}, seed=1)
+    counts = Counter(mixture.group(draw, ended=[0]) for draw in range(2000))
+    assert set(counts) == {1, 2}
+    assert 0.70 < counts[2] / 2000 < 0.80
+    assert mixture.group(0, ended=[0, 1, 2]) is None
+    assert Mixture({"a": 1.0, "b": 0.0}, seed=1).group(0, ended=[0]) is None
 
 
 @pytest.mark.parametrize("weights", [{}, {"a": 0.0}, {"a": -1.0, "b": 2.0}])
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(DataError, match="weights must be >= 0"):
-        Mixture(weights, seed=1, data_parallel_rank=0)
+        Mixture(weights, seed=1)
 
 
 def test_draws_depend_on_seed_purpose_and_key_and_never_change():
