@@ -220,8 +220,8 @@ class _Processes:
             if place in self._workers:
                 self._workers.pop(place).kill()
         raise DataError(
-            f"{STARTS} data worker processes in a row ended before they read anything, most likely for lack of host "
-            "memory; lower data.num_workers or data.prefetch_mib."
+            f"{STARTS} data worker processes in a row ended before they read anything; if they printed no error, most "
+            "likely for lack of host memory: lower data.num_workers or data.prefetch_mib."
         )
 
     def _give_up(self, task: _Task) -> None:

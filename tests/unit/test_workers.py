@@ -167,9 +167,9 @@ def test_a_task_that_ends_two_workers_becomes_a_fault(open_, action, reason):
 
 def test_workers_that_cannot_start_end_the_pool_with_what_to_do(open_):
     pool = open_(Counting(broken_start=True), 2)
-    with pytest.raises(DataError, match="lower data.num_workers"):
+    with pytest.raises(DataError, match="lack of host memory: lower data.num_workers"):
         pool.submit("load", 0, 0).result(timeout=60)
-    with pytest.raises(DataError, match="lower data.num_workers"):
+    with pytest.raises(DataError, match="lack of host memory: lower data.num_workers"):
         pool.submit("load", 0, 0).result(timeout=60)
 
 
