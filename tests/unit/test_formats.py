@@ -1,6 +1,8 @@
 """What every format becomes, from the example files to the plan of a sample; rules, overrides and paths of formats."""
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -441,3 +443,57 @@ def test_without_the_decoder_a_video_file_is_a_fault_that_says_so(tmp_path, monk
     with pytest.raises(DataFault, match=r"clip.mp4 is a container file; .*pip install megabagel\[video\]") as fault:
         entries_of("video", {"video": "clip.mp4", "text": "x"}, folder=str(tmp_path))
     assert fault.value.kind == "video_container"
+
+
+# --- the page docs/data.md
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_data_file_is_valid(tmp_path):
+    (tmp_path / "data.yaml").write_text(PAGE.split("```yaml\n")[1].split("```")[0])
+    groups = load_dataset_groups(str(tmp_path / "data.yaml"))
+    assert list(groups) == ["t2i_pretrain", "unified_edit", "vlm_sft", "recipes"]
+    assert groups["vlm_sft"].datasets["chats"].data_dir == str(tmp_path / "vlm" / "images")
+    assert groups["recipes"].datasets["web"].data_dir == "s3://bucket/recipes"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("t2i_pretrain", "unified_edit")])
+def test_the_documented_rows_are_valid(name):
+    block = PAGE.split(f"\n**`{name}`**")[1].split("```json\n")[1].split("```")[0]
+    for line in block.splitlines():
+        assert any(entry.loss for entry in entries_of(name, json.loads(line)))
+
+
+def test_every_kind_of_fault_is_documented():
+    table = PAGE.split("## Bad rows")[1]
+    package = Path(__file__).parents[2] / "megabagel"
+    raised = {
+        kind
+        for file in package.rglob("*.py")
+        for kind in re.findall(r'Fault\(\s*"([a-z_]+)"', file.read_text(encoding="utf-8"))
+    }
+    assert len(raised) > 10
+    assert {kind for kind in raised if f"`{kind}`" not in table} == set()
+
+
+def test_the_documented_format_of_your_own_works(tmp_path, monkeypatch):
+    code = PAGE.split("## A format of your own")[1].split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    written: dict = {}
+    exec(compile(code, "docs/data.md", "exec"), written)
+    monkeypatch.setitem(FORMATS, "questions", written["FORMAT"])
+    monkeypatch.setattr("megabagel.config.datasets.FORMATS", (*NAMES, "questions"))
+    monkeypatch.setattr("megabagel.config.datasets.UND_ONLY", ("questions",))
+    rows = [{"picture": "a.png", "question": "What?", "answers": ["a", "b"]}, {"picture": "a.png", "answers": []}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    sizes = {"image_stride": 14, "max_image_size": 56, "min_image_size": 28}
+    content = {"questions": {"datasets": {"one": {"path": "rows.json"}}, "image_transform_args": sizes}}
+    (tmp_path / "data.yaml").write_text(json.dumps(content))
+    source = open_source("questions", load_dataset_groups(str(tmp_path / "data.yaml"))["questions"], SEED)
+    drawn = {source.document(0, (0, 0, visit))[2].text for visit in range(20)}
+    parts = lay_out(source.document(0, (0, 0, 0)))
+    assert drawn == {"a", "b"} and [part.kind for part in parts] == ["vit_image", "text", "text"]
+    with pytest.raises(DataFault, match="key answers must be a list"):
+        source.document(1, (0, 1, 0))

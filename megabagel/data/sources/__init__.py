@@ -3,6 +3,8 @@
 A format is a function in a file of its own, registered here. How a document is laid out is decided in `document.py`.
 """
 
+from dataclasses import replace
+
 from megabagel.config.datasets import FrameSamplerArgs, GroupConfig
 from megabagel.data.document import Entry
 from megabagel.data.faults import DataError
@@ -46,7 +48,8 @@ class Source:
     """
 
     def __init__(self, name: str, group: GroupConfig, seed: int) -> None:
-        self._format = FORMATS[group.format or name]
+        group = replace(group, format=group.format or name)
+        self._format = FORMATS[group.format]
         self._rows = open_rows(group, self._format.columns, self._format.required)
         self._seed = seed
         self._frames = group.frame_sampler_args or FrameSamplerArgs(max_num_frames=12)
