@@ -1,6 +1,10 @@
 """The data inspector: what it draws is what the model computes, what it counts is what is packed, and its page."""
 
+import contextlib
+import io
+import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -15,14 +19,18 @@ from megabagel.packing.geometry import Geometry
 from megabagel.packing.planner import build_plan
 from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import plan_sample
+from tests.tiny_data import write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools")]
 
+from inspect_data import main  # noqa: E402
 from inspection import charts  # noqa: E402
 from inspection.attention import coverage, picture  # noqa: E402
 from inspection.items import unpack  # noqa: E402
 from inspection.packs_view import Part, sample_view, text_spans  # noqa: E402
+from inspection.subject import open_subject  # noqa: E402
+from inspection.survey import survey  # noqa: E402
 from inspection.ways import draw, pack, try_way  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "public-basic"
@@ -143,7 +151,8 @@ def test_a_histogram_holds_every_value_once():
     assert sum(h.counts) == 5 and h.edges[0] == 0 and h.edges[-1] > 500 and h.median == 70
     assert charts.line(h).count(" ") == h.counts.count(0) + 2
     assert charts.svg(h, "text", "samples").count("<rect") == sum(n > 0 for n in h.counts)
-    assert charts.histogram(np.array([7])).counts == (1,)
+    one = charts.histogram(np.array([700]))
+    assert len(one.counts) == 12 and sum(one.counts) == 1 and one.edges[0] <= 700 < one.edges[-1]
 
 
 @pytest.mark.skipif(native.PLANNER is None, reason="the C++ planner is not built")
@@ -161,3 +170,69 @@ def test_ways_of_packing_pack_the_same_samples_and_the_balanced_one_evens_the_wo
         packs = pack(name, limits, drawn, [1])
         placed = [sample for samples in packs for sample in samples]
         assert len(placed) == len(set(placed)) and all(sum(drawn.tokens[s] for s in p) <= 1000 for p in packs)
+
+
+TINY = ["--data.expected_num_tokens=150", "--data.max_num_tokens=260", "--data.max_num_tokens_per_sample=200"]
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """The tool's page, output and exit code on three groups, one of them with bad rows."""
+    folder = tmp_path_factory.mktemp("inspected")
+    data = write_data(folder / "data", rows=16)
+    lines = folder / "data" / "vlm_sft" / "rows.jsonl"
+    lines.write_text(lines.read_text() + '{"conversations": [\n{"conversations": []}\n')
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        arguments = ["--data", str(data), "--tokenizer", str(GOLDEN / "ckpt"), "--html", str(folder / "page.html")]
+        code = main([*arguments, "--packs", "2", "--strict", "--model.folder", str(GOLDEN / "ckpt"), *TINY])
+    return (folder / "page.html").read_text(), output.getvalue(), code
+
+
+def test_bad_rows_are_told_and_strict_fails(inspected):
+    page, output, code = inspected
+    assert code == 1
+    assert "vlm_sft (vlm_sft): 18 rows, 18 measured, 2 bad" in output
+    for line in ("rows.jsonl line 17", "rows.jsonl line 18"):
+        assert line in output and line in page
+    assert ">broken_json 1<" in page and ">bad_row 1<" in page
+
+
+def test_the_page_needs_no_other_file_and_shows_whole_packs(inspected):
+    page, output, _ = inspected
+    links = re.findall(r'(?:href|src)="([^"]*)"', page)
+    assert links and all(link.startswith("data:image/") for link in links)
+    assert page.count("<h2>Pack ") == 2 and page.count('class="attention"') == 2
+    assert "<mark>" in page and "VAE picture, noised" in page
+    assert "<script" not in page and "{{" not in page
+    for group in ("t2i_pretrain", "unified_edit", "vlm_sft"):
+        assert f"<h3>{group}</h3>" in page and f"{group} ({group})" in output
+
+
+def test_text_from_the_data_cannot_break_the_page(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a <b>cat</b> & <script>tree</script>"}\n' * 4)
+    transform = {"image_stride": 14, "max_image_size": 56, "min_image_size": 28}
+    group = {"datasets": {"one": {"path": "rows.jsonl"}}, "image_transform_args": transform}
+    (tmp_path / "data.yaml").write_text(json.dumps({"text": group}))
+    target = tmp_path / "page.html"
+    arguments = ["--data", str(tmp_path / "data.yaml"), "--tokenizer", str(GOLDEN / "ckpt"), "--html", str(target)]
+    assert main([*arguments, "--packs", "1", "--samples", "3", "--strict", *TINY]) == 0
+    page = target.read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page and "<b>cat" not in page
+
+
+def test_a_wrong_command_gets_one_sentence(tmp_path, capsys):
+    assert main(["--data", str(tmp_path / "none.yaml"), "--tokenizer", str(GOLDEN / "ckpt")]) == 2
+    assert main(["--config", "tiny", "--data.dataset_config_file", "x.yaml", "--data.tokenizer", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("inspect_data: ") and line.endswith(".") for line in errors)
+
+
+def test_processes_measure_what_one_measures(tmp_path):
+    data = write_data(tmp_path / "data", rows=16)
+    subject = open_subject([f"--data.dataset_config_file={data}", f"--data.tokenizer={GOLDEN / 'ckpt'}", *TINY])
+    alone = survey(subject.maker, subject.costs)
+    together = survey(subject.maker, subject.costs, processes=2)
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a.table, b.table)
+        assert a.faults == b.faults and len(a.table) == 16

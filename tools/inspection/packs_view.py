@@ -103,7 +103,7 @@ def text_spans(item: PackedItem, tokenizer: Tokenizer) -> list[Span]:
     for place, token in enumerate(item.ids.tolist()):
         if token in frames:
             close(place)
-            spans.append(Span(frames[token] + (" learnt" if learnt[place] else ""), bool(learnt[place]), frame=True))
+            spans.append(Span(frames[token], bool(learnt[place]), frame=True))
             continue
         if run and learnt[place] != learnt[place - 1]:
             close(place)

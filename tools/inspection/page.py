@@ -122,19 +122,19 @@ def _groups(surveys: Sequence[GroupSurvey], weights: Sequence[float]) -> list[di
 
 
 def _charts(surveys: Sequence[GroupSurvey]) -> list[dict]:
-    return [
-        {
-            "group": found.name,
-            "kind": name,
-            "name": NAMES.get(name, "all tokens"),
-            "svg": charts.svg(h := charts.histogram(values), name, "samples"),
-            "median": h.median,
-            "mean": h.mean,
-            "samples": len(values),
-        }
-        for found in surveys
-        for name, values in _per_kind(found)
-    ]
+    return [{"name": found.name, "charts": [_chart(*named) for named in _per_kind(found)]} for found in surveys]
+
+
+def _chart(kind: str, values: np.ndarray) -> dict:
+    h = charts.histogram(values)
+    return {
+        "kind": kind,
+        "name": NAMES.get(kind, "all tokens"),
+        "svg": charts.svg(h, kind, "samples"),
+        "median": h.median,
+        "mean": h.mean,
+        "samples": len(values),
+    }
 
 
 def _way(way: Way, strategy: str) -> dict:

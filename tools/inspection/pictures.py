@@ -37,7 +37,9 @@ def attention_svg(plan: PackPlan, samples: list[PackedSample]) -> str:
     total, side = plan.sequence_length, SIDE + STRIP
     unit = SIDE / total
     uri = data_uri(attention.picture(plan, SIDE))
-    parts = [f'<image x="{STRIP}" y="{STRIP}" width="{SIDE}" height="{SIDE}" preserveAspectRatio="none" href="{uri}"/>']
+    place = f'x="{STRIP}" y="{STRIP}" width="{SIDE}" height="{SIDE}" preserveAspectRatio="none"'
+    sharp = ' style="image-rendering:pixelated"' if total <= SIDE else ""  # a cell is a token
+    parts = [f'<image {place}{sharp} href="{uri}"/>']
     for sample in samples:
         for item in sample.items:
             at, long = f"{STRIP + item.start * unit:.2f}", f"{item.tokens * unit:.2f}"

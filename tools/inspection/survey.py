@@ -117,6 +117,7 @@ def _measure(
             yield chunk[0], _measure_chunk(chunk)
         return
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megabagel.data.loader"])  # slow to import: once for all
     with ProcessPoolExecutor(processes, context, _start, (maker, costs)) as pool:
         for chunk, results in zip(chunks, pool.map(_measure_chunk, chunks), strict=True):
             yield chunk[0], results
