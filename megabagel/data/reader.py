@@ -6,7 +6,7 @@ any. Sending packs to the other ranks of a replica is `broadcast.py`.
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from megabagel.config.schema import DataConfig
 from megabagel.data.faults import DataError, Fault, FaultLog
 from megabagel.data.loader import SampleMaker
 from megabagel.data.pack import Pack, make_pack
-from megabagel.data.prepare import Preparer, pixel_bytes
+from megabagel.data.prepare import Known, Preparer, pixel_bytes
 from megabagel.data.steps import PlannedStep, StepPlanner
 from megabagel.data.stream import Exchange, Measured, Stream
 from megabagel.data.text import Tokenizer
@@ -61,10 +61,12 @@ class Reader:
         faults_file: Path | None = None,
         visual_und: bool = True,
         visual_gen: bool = True,
+        known: Sequence[Known | None] | None = None,
     ) -> None:
         """`tile` and `total_length`: see `planner.build_plan`. `global_batch_size`: packs of a step, of which this
         replica gets its share. `exchange` gathers lists over the replicas' readers, which make the same calls;
         `cost_model`: work of a sample, null: its tokens. `faults_file` lists bad rows; replica 0 writes it.
+        `known`: per group, what was stored of its pictures.
 
         Raises DataError when a group cannot be read at all and ValueError when numbers contradict each other.
         """
@@ -73,7 +75,8 @@ class Reader:
             raise ValueError(f"{data_parallel_size} readers need {'an' if exchange is None else 'no'} exchange")
         self._make_pack = partial(make_pack, geometry=geometry, tile=tile, total_length=total_length)
         self._names, self._cost_model, self._geometry = list(groups), cost_model, geometry
-        maker = SampleMaker(groups, Preparer(groups, config, tokenizer, geometry, visual_und, visual_gen), config.seed)
+        preparer = Preparer(groups, config, tokenizer, geometry, visual_und, visual_gen, known)
+        maker = SampleMaker(groups, preparer, config.seed)
         self._num_rows = [order.num_rows for order in maker.orders]
         rows, is_first = dict(zip(self._names, self._num_rows, strict=True)), data_parallel_rank == 0
         self._faults = FaultLog(rows, config.max_bad_fraction, faults_file if is_first else None, say=is_first)

@@ -17,9 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from megabagel.config.datasets import EDIT, T2I, DatasetPaths, GroupConfig, is_url
+from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig, is_url
 from megabagel.data.faults import DataError, DataFault
-from megabagel.data.files import SUFFIXES
 from megabagel.data.files.storage import list_files
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class Header:
 
 def rows_of(group: GroupConfig) -> dict[str, Any]:
     """What decides which picture a row number stands for: files with sizes and times, and how rows are chosen."""
-    suffixes = (".parquet",) if group.format in (T2I, EDIT) else SUFFIXES
+    suffixes = (".parquet",) if group.format in (T2I, EDIT) else FILE_SUFFIXES
     return {
         "files": {name: _files(paths, suffixes) for name, paths in group.datasets.items()},
         "num_used_data": group.num_used_data,

@@ -5,6 +5,7 @@ What is written can be trusted to be whole: every file appears under its name in
 
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from megabagel.data.stored import (
     tensor_name,
 )
 
+SECONDS_PER_PART = 600.0  # what a killed process loses at most
 _TEMPORARY = ".unfinished"
 _FAULTS = b"faults"  # key of the index's metadata
 _SCHEMA = pa.schema(
@@ -72,7 +74,7 @@ class PartWriter:
         self._start(first)
 
     def _start(self, first: int) -> None:
-        self._first, self._bytes = first, 0
+        self._first, self._bytes, self._begun = first, 0, time.monotonic()
         self._entries: list[dict] = []
         self._tensors: dict[str, Tensor] = {}
         self._faults: list[dict] = []
@@ -90,25 +92,27 @@ class PartWriter:
 
     def bad(self, row: int, fault: Fault) -> None:
         """Note that the row cannot be used."""
-        self._faults.append({"group": self._group, "row": row, **asdict(fault)})
+        what = {"kind": fault.kind, "origin": fault.origin, "message": fault.message}
+        self._faults.append({"group": self._group, "row": row, **what})
 
     def end_row(self, row: int) -> None:
         """All pictures of the row are in."""
-        if self._bytes >= self._limit:
+        if self._bytes >= self._limit or time.monotonic() - self._begun > SECONDS_PER_PART:
             self.close(row + 1)
 
     def close(self, stop: int) -> None:
-        """Write what is left: rows before `stop` are finished."""
-        if stop == self._first:
+        """Write what is left of the rows before `stop`, which are finished; forget what came of others."""
+        if stop <= self._first:
             return
         name = part_name(self._first, stop)
         shard = name + SHARD_SUFFIX
-        if self._tensors:
+        entries = [entry | {"shard": shard} for entry in self._entries if entry["row"] < stop]
+        faults = [fault for fault in self._faults if fault["row"] < stop]
+        if entries:
             file = self._folder / (shard + _TEMPORARY)
-            save_file(self._tensors, file)
+            save_file({entry["tensor"]: self._tensors[entry["tensor"]] for entry in entries}, file)
             os.replace(file, self._folder / shard)
-        table = pa.Table.from_pylist([entry | {"shard": shard} for entry in self._entries], _SCHEMA)
-        table = table.replace_schema_metadata({_FAULTS: json.dumps(self._faults)})
+        table = pa.Table.from_pylist(entries, _SCHEMA).replace_schema_metadata({_FAULTS: json.dumps(faults)})
         file = self._folder / (name + INDEX_SUFFIX + _TEMPORARY)
         pq.write_table(table, file)
         os.replace(file, self._folder / (name + INDEX_SUFFIX))
@@ -117,8 +121,16 @@ class PartWriter:
 
 def faults_in(folder: Path) -> list[dict]:
     """Rows of all parts that could not be used: group, row, kind, origin, message."""
-    files = [folder / (part_name(*rows) + INDEX_SUFFIX) for rows in finished(folder)]
-    return [fault for file in files for fault in json.loads(pq.read_schema(file).metadata[_FAULTS])]
+    return [fault for file in _indexes(folder) for fault in json.loads(pq.read_schema(file).metadata[_FAULTS])]
+
+
+def count_pictures(folder: Path) -> int:
+    """Stored pictures in the folder of a kind."""
+    return sum(pq.read_metadata(file).num_rows for file in _indexes(folder))
+
+
+def _indexes(folder: Path) -> list[Path]:
+    return [folder / (part_name(*rows) + INDEX_SUFFIX) for rows in finished(folder)]
 
 
 def write_faults(file: Path, faults: list[dict]) -> None:

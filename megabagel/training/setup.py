@@ -4,13 +4,14 @@ from functools import partial
 from pathlib import Path
 
 from megabagel.checkpoint.hf import load_weights, open_source
-from megabagel.config.datasets import load_dataset_groups
+from megabagel.config.datasets import GroupConfig, load_dataset_groups
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.precision import rows_per_tile
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import FAULTS_FILE, DataError
 from megabagel.data.reader import Reader
+from megabagel.data.stored import StoredLatents
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import load_autoencoder
 from megabagel.models.build import DTYPES, build_stages
@@ -23,10 +24,13 @@ from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.loop import Trainer
 from megabagel.training.optimizer import build_optimizer
+from megabagel.training.stored import check_stored
 from megabagel.training.wrap import wrap
 
 
-def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> Reader:
+def _open_reader(
+    config: Config, groups: dict[str, GroupConfig], layout: Layout, tile: int, total_length: int | None
+) -> Reader:
     tokenizer = Tokenizer(tokenizer_path(config))
     if len(tokenizer) > config.model.vocab_size:
         raise DataError(
@@ -35,7 +39,7 @@ def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | 
         )
     return Reader(
         config.data,
-        load_dataset_groups(config.data.dataset_config_file),
+        groups,
         tokenizer,
         geometry_of(config.model, tokenizer.special),
         tile=tile,
@@ -48,6 +52,7 @@ def _open_reader(config: Config, layout: Layout, tile: int, total_length: int | 
         faults_file=Path(config.checkpoint.run_dir) / FAULTS_FILE,
         visual_und=config.model.visual_und,
         visual_gen=config.model.visual_gen,
+        known=[StoredLatents.open(group, features=is_frozen(config.model)) for group in groups.values()],
     )
 
 
@@ -64,12 +69,14 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     autoencoder = None
     if config.model.visual_gen:
         autoencoder = load_autoencoder(autoencoder_path(config)).to(layout.device, DTYPES[config.training.params_dtype])
+    groups = load_dataset_groups(config.data.dataset_config_file)
+    check_stored(groups, autoencoder, vision)
     tile = rows_per_tile(config.kernels) * layout.tp_size * layout.cp_size
     rows = fixed_length(config.data.max_num_tokens, tile)
     # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
     total_length = rows if layout.pp_size > 1 else None
     reader = ReplicaReader(
-        lambda: _open_reader(config, layout, tile, total_length), layout.replica_group, layout.source_rank
+        lambda: _open_reader(config, groups, layout, tile, total_length), layout.replica_group, layout.source_rank
     )
     encoder = Encoder(config, layout, autoencoder, vision)
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows)

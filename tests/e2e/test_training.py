@@ -10,9 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.distributed.launch import ROOT, launch_ok
 from tests.tiny_data import training_options, write_data
+from tools import encode_latents
 
 LAYOUTS = {1: [], 2: ["--parallel.tensor_model_parallel_size=2"], 4: ["--parallel.pipeline_model_parallel_size=2"]}
 LAYOUTS[4] = LAYOUTS[4] + LAYOUTS[2]
@@ -66,6 +68,25 @@ def test_packs_that_lack_a_modality_train_on_tensor_and_pipeline_ranks(group, ab
         assert one[absent] is None and four[absent] is None
         for key in (present, "grad_norm", "params_norm"):
             assert four[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+def test_stored_latents_and_features_train_like_pictures_which_may_then_be_gone(tmp_path):
+    data_file, frozen = write_data(tmp_path / "data", rows=8), "--model.freeze_vit=true"
+    alone = train(data_file, tmp_path / "pictures", frozen)
+    out = tmp_path / "latents"
+    assert encode_latents.main([f"--out={out}", "--vit", *training_options(data_file, tmp_path), frozen]) == 0
+    groups = yaml.safe_load(data_file.read_text())
+    for name, group in groups.items():
+        group["latents_dir"] = str(out / name)
+    data_file.write_text(yaml.safe_dump(groups))
+    for picture in (tmp_path / "data" / "vlm_sft").glob("*.png"):
+        picture.unlink()
+    together = train(data_file, tmp_path / "stored", frozen, processes=2)
+    for one, two in zip(alone, together, strict=True):
+        for key in ("ce", "mse", "grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+        assert two["tokens"] == one["tokens"] and two["skipped_samples"] == 0
+        assert two["encode_balance"] is None  # nothing was left to encode
 
 
 def test_a_killed_run_resumes_bit_for_bit(data_file, tmp_path):
