@@ -14,7 +14,7 @@ from megabagel.config.datasets import DatasetPaths, GroupConfig, load_dataset_gr
 from megabagel.data.faults import DataError, DataFault
 from megabagel.data.files import jsonl, open_rows, storage
 from megabagel.data.files.json_array import scan as scan_array
-from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY
+from megabagel.data.files.parquet import WINDOW
 from tests.unit.data_fixtures import png
 
 ROWS = [{"text": f'row {n} {"é" * n} "]}},[{{'} for n in range(7)]
@@ -88,7 +88,7 @@ def test_every_kind_of_file_gives_its_rows_by_number(name, remote, tmp_path, mem
     rows = open_rows(group(path))
     assert all_rows(rows) == ROWS and rows.faults == []
     assert rows[5] == ROWS[5] and rows.origin(2) == f"{path} {label}" and rows.folder(2) == "/data"
-    assert (rows.blocks, rows.window) == (([2, 2, 2, 1], ROW_GROUPS_IN_MEMORY) if "parquet" in name else ([7], None))
+    assert (rows.blocks, rows.window) == (([2, 2, 2, 1], WINDOW) if "parquet" in name else ([7], None))
     assert all_rows(pickle.loads(pickle.dumps(rows))) == ROWS  # as worker processes get it
 
 
@@ -123,7 +123,7 @@ def test_files_of_other_kinds_beside_parquet_are_shuffled_in_small_blocks(tmp_pa
     both = group(tmp_path / "a.parquet")
     both.datasets["two"] = DatasetPaths(path=str(tmp_path / "a.jsonl"))
     rows = open_rows(both)
-    assert rows.blocks == [2, 2, 2, 1, 256, 256, 88] and rows.window == ROW_GROUPS_IN_MEMORY
+    assert rows.blocks == [2, 2, 2, 1, 256, 256, 88] and rows.window == WINDOW
     assert rows[6 + 600] == {"text": "599"}
 
 
@@ -295,6 +295,12 @@ def test_paths_that_cannot_be_used_are_refused_in_one_sentence(place, message, r
 def test_an_unknown_protocol_is_named():
     with pytest.raises(DataError, match="nosuch://x.jsonl cannot be read .*; install the fsspec package of nosuch://"):
         open_rows(group("nosuch://x.jsonl"))
+
+
+def test_what_jsonl_path_names_is_lines_whatever_it_is_called(tmp_path):
+    (tmp_path / "lines.json").write_bytes(json_lines(ROWS))
+    paths = DatasetPaths(jsonl_path=str(tmp_path / "lines.json"), path=str(tmp_path / "lines.json"))
+    assert all_rows(open_rows(GroupConfig({"one": paths}, format="vlm_sft"))) == ROWS
 
 
 def test_official_folders_may_hold_other_files_than_their_rows(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from megabagel.data.text import Tokenizer
 from megabagel.packing.geometry import Geometry
 from megabagel.packing.plan import CAUSAL, FULL, NOISE
 from megabagel.packing.splits import CLEAN_TIMESTEP, TEXT, VAE, VIT
-from tests.unit.data_fixtures import TOKENIZER, png
+from tests.unit.data_fixtures import TOKENIZER, make_reader, png
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 SEED = 0
@@ -249,6 +250,17 @@ def test_every_row_of_the_examples_trains_and_can_be_read(groups, preparer):
                 assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
             rows += 1
     assert rows == 30
+
+
+def test_all_formats_train_in_one_mixture(groups):
+    drawn: Counter = Counter()
+    sizes = {"expected_num_tokens": 500, "max_num_tokens": 600, "max_num_tokens_per_sample": 300}
+    with make_reader(groups, **sizes) as reader:
+        for _ in range(12):
+            for pack in reader.next_step():
+                drawn.update(pack.groups)
+                assert pack.plan.sequence_length <= 600 and len(pack.plan.ce_rows) + len(pack.plan.mse_rows)
+        assert set(drawn) == set(NAMES) and not any(reader.fault_counts().values())
 
 
 # --- rules

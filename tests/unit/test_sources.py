@@ -9,6 +9,7 @@ from PIL import Image
 
 from megabagel.config.datasets import DatasetPaths, FrameSamplerArgs
 from megabagel.data.document import Part, lay_out
+from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY, WINDOW
 from megabagel.data.sources import open_source
 from tests.unit.data_fixtures import edit_group, edit_rows, png, t2i_group, t2i_rows, vlm_group, write_parquet
 
@@ -161,10 +162,10 @@ def test_a_video_is_a_folder_of_frames_sampled_in_order(tmp_path):
 
 def test_row_groups_in_memory_are_bounded(tmp_path):
     source = open_source("t2i_pretrain", t2i_group(tmp_path, 80), SEED)
-    assert len(source.blocks) > source.window
+    assert source.window == WINDOW < ROW_GROUPS_IN_MEMORY < len(source.blocks)
     for row in np.random.default_rng(0).permutation(80):
         source.document(int(row), (0, int(row), 0))
-        assert 0 < len(source._rows._cache) <= source.window
+        assert 0 < len(source._rows._cache) <= ROW_GROUPS_IN_MEMORY
 
 
 def test_several_data_sets_make_one_group(tmp_path):

@@ -7,6 +7,7 @@ import json
 from bisect import bisect_right
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +19,7 @@ from megabagel.data.faults import DataError, Fault
 from megabagel.data.files import storage
 from megabagel.data.files.json_array import JsonArray
 from megabagel.data.files.jsonl import JsonLines
-from megabagel.data.files.parquet import ROW_GROUPS_IN_MEMORY, Cache, Parquet
+from megabagel.data.files.parquet import WINDOW, Cache, Parquet
 from megabagel.data.files.webdataset import Tar
 from megabagel.runtime import rng
 
@@ -49,7 +50,7 @@ class Rows:
     def __init__(self, datasets: list["_Dataset"], cache: Cache) -> None:
         self.faults = [fault for dataset in datasets for fault in dataset.faults]
         in_blocks = any(dataset.blocks is not None for dataset in datasets)
-        self.window = ROW_GROUPS_IN_MEMORY if in_blocks else None
+        self.window = WINDOW if in_blocks else None
         self.blocks: list[int] = []
         for dataset in datasets:
             if dataset.blocks is not None:
@@ -90,17 +91,17 @@ def open_rows(group: GroupConfig, columns: list[str] | None = None, required: li
     datasets = []
     for i, (name, paths) in enumerate(group.datasets.items()):
         faults: list[Fault] = []
-        found = _paths(name, paths, group.format, faults)
+        found, kind = _paths(name, paths, group.format, faults)
+        opener = partial(_open, kind=kind, columns=columns, required=required or [], cache=cache)
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-            files = list(pool.map(lambda path: _open(path, columns, required or [], cache), found))
+            files = list(pool.map(opener, found))
         used = None if group.num_used_data is None else group.num_used_data[i]
         order = rng.generator(group.shuffle_seed, "line_choice", (i,)) if group.shuffle_lines else None
         datasets.append(_Dataset(files, paths.data_dir or "", faults, used, order))
     return Rows(datasets, cache)
 
 
-def _open(path: str, columns: list[str] | None, required: list[str], cache: Cache) -> File:
-    kind = storage.suffix(path)
+def _open(path: str, kind: str, columns: list[str] | None, required: list[str], cache: Cache) -> File:
     if kind == ".parquet":
         return Parquet(path, columns, required, cache)
     return {".jsonl": JsonLines, ".json": JsonArray, ".tar": Tar}[kind](path)
@@ -135,11 +136,11 @@ class _Dataset:
         return self.files[i], row - (self._ends[i] - self.files[i].num_rows)
 
 
-def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> list[str]:
-    """The files of a data set in name order, at least one and all of one kind, compared with the info file."""
+def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> tuple[list[str], str]:
+    """The files of a data set in name order, at least one, compared with the info file, and their common suffix."""
     where = paths.path or paths.jsonl_path or paths.data_dir
-    setting = "path" if paths.path not in (None, paths.jsonl_path, paths.data_dir) else "data_dir"
-    setting = "jsonl_path" if where == paths.jsonl_path else setting
+    settings = ("jsonl_path", "data_dir", "path")  # `path` repeats one of the others where it was not given
+    setting = next(setting for setting in settings if getattr(paths, setting) == where)
     # the official folders may hold more than their rows
     official = format in (T2I, EDIT) and setting == "data_dir"
     suffixes = (".parquet",) if official else FILE_SUFFIXES
@@ -149,6 +150,8 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
         raise DataError(f"data set {name}: {setting} {where} cannot be read ({error}).") from None
     if not files:
         raise DataError(f"data set {name}: {_nothing_at(where, setting, suffixes)}.")
+    if files == [paths.jsonl_path]:  # whatever it is called
+        return files, ".jsonl"
     kinds = {storage.suffix(file) for file in files}
     if len(kinds) > 1:
         raise DataError(
@@ -161,7 +164,7 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
         )
     if paths.parquet_info_path is not None:
         _compare(name, paths.parquet_info_path, where, files, faults)
-    return files
+    return files, kinds.pop()
 
 
 def _nothing_at(where: str, setting: str, suffixes: tuple[str, ...]) -> str:

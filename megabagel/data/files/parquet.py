@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from megabagel.data.faults import DataFault, Fault
 from megabagel.data.files import storage
 
-ROW_GROUPS_IN_MEMORY = 8  # per group and process, half for measuring and half for reading; also the shuffle window
+WINDOW = 4  # row groups that are shuffled together
+ROW_GROUPS_IN_MEMORY = 2 * WINDOW  # per group and process: measuring runs ahead of reading, each in a window of its own
 
 Cache = OrderedDict[tuple[str, int], pa.Table]  # row groups by path and number, the latest last; one for all files
 

@@ -4,6 +4,7 @@ No cache and no open handles: what is here can be called from any process. What 
 """
 
 import glob
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -102,13 +103,12 @@ def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def _tried(action: Callable[[], T]) -> T:
     """What `action` returns. A failed attempt is repeated, as a row lost to the network would change the run."""
-    for attempt in range(ATTEMPTS):
+    for attempt in itertools.count(1):
         try:
             return action()
         except (FileNotFoundError, PermissionError, MemoryError):
             raise
         except Exception as error:  # each protocol has exceptions of its own
-            if attempt == ATTEMPTS - 1:
+            if attempt == ATTEMPTS:
                 raise OSError(f"{type(error).__name__}: {error}") from error
-            time.sleep(_PAUSE * 2**attempt)
-    raise AssertionError("unreachable")
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
