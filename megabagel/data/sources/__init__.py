@@ -11,6 +11,7 @@ from megabagel.data.faults import DataError
 from megabagel.data.files import open_rows
 from megabagel.data.sources import (
     captions,
+    chat,
     conversations,
     edit,
     editing_steps,
@@ -35,7 +36,7 @@ FORMATS: dict[str, Format] = {
     "sequence": sequence.SEQUENCE,
     "interleaved": sequence.INTERLEAVED,
     "pretrain_pair": pair.FORMAT,
-    "sft_chat": vlm.SFT_CHAT,
+    "sft_chat": chat.FORMAT,
     "text": text.FORMAT,
     "video": video.FORMAT,
 }
