@@ -66,7 +66,7 @@ class Reader:
         """`tile` and `total_length`: see `planner.build_plan`. `global_batch_size`: packs of a step, of which this
         replica gets its share. `exchange` gathers lists over the replicas' readers, which make the same calls;
         `cost_model`: work of a sample, null: its tokens. `faults_file` lists bad rows; replica 0 writes it.
-        `known`: per group, what was stored of its pictures.
+        `visual_und`, `visual_gen`: what the model has. `known`: pictures of each group that need not be opened.
 
         Raises DataError when a group cannot be read at all and ValueError when numbers contradict each other.
         """

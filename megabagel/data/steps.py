@@ -115,8 +115,7 @@ class StepPlanner:
         return [(group, sample) for (group, _), sample in lost if isinstance(sample, Fault)]
 
     def _choose_group(self, draw: int) -> int | None:
-        ended = [group for group in range(len(self._names)) if self._stream.has_ended(group)]
-        return self._mixture.group(draw, ended)
+        return self._mixture.group(draw, self._stream.ended())
 
     def _fetch(self, group: int) -> Measured | None:
         """The group's next usable sample; None when it has no more."""

@@ -57,7 +57,7 @@ class Stream:
     def next(self, group: int) -> Measured | Fault | None:
         """What is at the group's next position; None at its end."""
         position = self.counts[group]
-        if self.has_ended(group):
+        if position == self._lengths[group]:
             return None
         block, place = divmod(position, self._positions)
         if self._blocks[group][0] != block:
@@ -65,9 +65,9 @@ class Stream:
         self.counts[group] = position + 1
         return self._blocks[group][1][place]
 
-    def has_ended(self, group: int) -> bool:
-        """Whether all positions of the group were handed out."""
-        return self._lengths[group] is not None and self.counts[group] >= self._lengths[group]
+    def ended(self) -> list[int]:
+        """Groups of which all positions were handed out."""
+        return [group for group, length in enumerate(self._lengths) if self.counts[group] == length]
 
     def take(self, sample: Measured) -> PlannedSample | None:
         """The plan of a sample that this replica has measured, once; None elsewhere."""

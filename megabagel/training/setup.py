@@ -11,11 +11,12 @@ from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import FAULTS_FILE, DataError
 from megabagel.data.reader import Reader
-from megabagel.data.stored import StoredLatents
+from megabagel.data.stored import StoredLatents, stored_kinds
 from megabagel.data.text import Tokenizer
-from megabagel.models.autoencoder import load_autoencoder
+from megabagel.models.autoencoder import Autoencoder, load_autoencoder
 from megabagel.models.build import DTYPES, build_stages
-from megabagel.models.vision import is_frozen
+from megabagel.models.vision import VisionTower, is_frozen
+from megabagel.packing.cost import CostModel
 from megabagel.packing.geometry import geometry_of
 from megabagel.packing.planner import fixed_length
 from megabagel.runtime.distributed import Layout, gather_objects
@@ -29,14 +30,22 @@ from megabagel.training.wrap import wrap
 
 
 def _open_reader(
-    config: Config, groups: dict[str, GroupConfig], layout: Layout, tile: int, total_length: int | None
+    config: Config,
+    layout: Layout,
+    tile: int,
+    total_length: int | None,
+    autoencoder: Autoencoder | None,
+    vision: VisionTower | None,
 ) -> Reader:
+    """On the source rank of a replica. The encoders are those that what is stored of pictures must come from."""
     tokenizer = Tokenizer(tokenizer_path(config))
     if len(tokenizer) > config.model.vocab_size:
         raise DataError(
             f"the tokenizer {tokenizer.folder} has {len(tokenizer)} tokens, more than model.vocab_size = "
             f"{config.model.vocab_size}; raise vocab_size or choose the model's own tokenizer."
         )
+    groups = load_dataset_groups(config.data.dataset_config_file)
+    check_stored(groups, autoencoder, vision)
     return Reader(
         config.data,
         groups,
@@ -48,12 +57,20 @@ def _open_reader(
         data_parallel_rank=layout.dp_rank,
         data_parallel_size=layout.dp_size,
         exchange=partial(gather_objects, layout.sources_group) if layout.dp_size > 1 else None,
-        cost_model=cost_model(config.model) if config.data.packing == "balanced" else None,
+        cost_model=_cost_model(config, groups) if config.data.packing == "balanced" else None,
         faults_file=Path(config.checkpoint.run_dir) / FAULTS_FILE,
         visual_und=config.model.visual_und,
         visual_gen=config.model.visual_gen,
         known=[StoredLatents.open(group, features=is_frozen(config.model)) for group in groups.values()],
     )
+
+
+def _cost_model(config: Config, groups: dict[str, GroupConfig]) -> CostModel:
+    """Of samples whose pictures may be encoded already."""
+    stored = {name: {kind for kind, *_ in stored_kinds(g.latents_dir)} for name, g in groups.items() if g.latents_dir}
+    latents = [name for name, kinds in stored.items() if "vae_image" in kinds]
+    features = [name for name, kinds in stored.items() if "vit_image" in kinds and is_frozen(config.model)]
+    return cost_model(config.model, latents, features)
 
 
 def build_trainer(config: Config, layout: Layout) -> Trainer:
@@ -69,14 +86,14 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     autoencoder = None
     if config.model.visual_gen:
         autoencoder = load_autoencoder(autoencoder_path(config)).to(layout.device, DTYPES[config.training.params_dtype])
-    groups = load_dataset_groups(config.data.dataset_config_file)
-    check_stored(groups, autoencoder, vision)
     tile = rows_per_tile(config.kernels) * layout.tp_size * layout.cp_size
     rows = fixed_length(config.data.max_num_tokens, tile)
     # between pipeline stages a tensor of one length travels; without them padding to it would be wasted work
     total_length = rows if layout.pp_size > 1 else None
     reader = ReplicaReader(
-        lambda: _open_reader(config, groups, layout, tile, total_length), layout.replica_group, layout.source_rank
+        lambda: _open_reader(config, layout, tile, total_length, autoencoder, vision),
+        layout.replica_group,
+        layout.source_rank,
     )
     encoder = Encoder(config, layout, autoencoder, vision)
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows)

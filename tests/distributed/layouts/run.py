@@ -85,7 +85,7 @@ def make_trainer(options: dict[str, Any], steps: Steps = STEPS) -> Trainer:
     check_model(config)
     layout = initialize(config.parallel, seed=3)
 
-    def open_reader(config: Config, layout: Layout, tile: int, total_length: int | None) -> PackReader:
+    def open_reader(config: Config, layout: Layout, tile: int, total_length: int | None, *_) -> PackReader:
         geometry = geometry_of(config.model, SPECIAL)
         return PackReader(steps, layout.dp_rank, layout.dp_size, geometry, tile, total_length)
 
