@@ -173,7 +173,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+    if image.mode == "F" and not all(np.isfinite(np.asarray(band)).all() for _, band in _bands(image)):
         raise DataFault("nan_pixels", "image has float pixels that are NaN or infinite")
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey values instead of scaling them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -183,9 +183,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """In bands of rows: whole copies of a large picture would add up to several times its size."""
     white = Image.new("RGB", image.size, (255, 255, 255))
-    for top in range(0, image.height, _BAND_ROWS):
-        band = image.crop((0, top, image.width, min(top + _BAND_ROWS, image.height))).convert("RGBA")
-        white.paste(band, (0, top), mask=band)
+    for top, band in _bands(image):
+        rgba = band.convert("RGBA")
+        white.paste(rgba, (0, top), mask=rgba)
     return white
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Some rows at a time and where they begin: whole copies of a large picture add up to several times its size."""
+    for top in range(0, image.height, _BAND_ROWS):
+        yield top, image.crop((0, top, image.width, min(top + _BAND_ROWS, image.height)))

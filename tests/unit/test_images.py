@@ -16,6 +16,7 @@ from megabagel.config.datasets import ImageTransformArgs
 from megabagel.data.faults import DataFault
 from megabagel.data.images import FORMATS, decode, header_size, resize, target_size
 from tests.unit.data_fixtures import png
+from tests.unit.hostile import png_with
 
 RESIZE = json.loads((Path(__file__).parents[1] / "golden" / "resize.json").read_text())
 
@@ -112,17 +113,6 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     for name in ("pipe.png", "loop.png", ".", "n" * 300, "nul\0.png", "\ud800.png"):
         assert fault(str(tmp_path / name)).kind in ("unreadable_file", "undecodable_image")
-
-
-def png_with(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (8, 8)) -> bytes:
-    """A PNG of `size` whose pixels may be missing, with chunks (kind, content) before them."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = (b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
-    rows = (b"IDAT", zlib.compress(bytes(8 * 25)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in (header, *chunks, rows, (b"IEND", b"")))
 
 
 @pytest.mark.parametrize("read", [header_size, decode])
