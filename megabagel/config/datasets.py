@@ -81,6 +81,7 @@ class GroupConfig:
     shuffle_seed: int = 0
     repeats: int | None = None  # passes over the group, after which it is drawn no more; null: endless
     latents_dir: str | None = None  # latents and features stored by tools/encode_latents.py
+    index_dir: str | None = None  # indexes written by tools/index_data.py --out; null: beside the files
 
     @property
     def vae_args(self) -> ImageTransformArgs | None:
@@ -137,8 +138,9 @@ def _group(name: str, value: Any, where: str, folder: Path) -> GroupConfig:
             )
         _check_source(group.format, group.datasets[dataset], f"{where}, data set `{dataset}`")
     group.datasets = {dataset: _absolute(group.datasets[dataset], folder) for dataset in group.dataset_names}
-    if group.latents_dir is not None:
-        group.latents_dir = _located(group.latents_dir, folder)
+    for key in ("latents_dir", "index_dir"):
+        if (value := getattr(group, key)) is not None:
+            setattr(group, key, _located(value, folder))
     given, wanted = len(group.num_used_data or []), len(group.dataset_names)
     if group.num_used_data is not None and given != wanted:
         raise ConfigError(f"{where}: `num_used_data` has {given} entries for {wanted} data sets; give one for each.")

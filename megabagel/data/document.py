@@ -17,6 +17,7 @@ class ImageSource:
     number: int  # among the pictures of its row, in the order in which the row names them
     content: bytes | None = None
     path: str | None = None  # absolute path or URL, already checked against the data set's folder
+    size: tuple[int, int] | None = None  # width and height, upright, where an index tells them
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Preparer:
                 continue
             number = part.image.number
             if number not in opened:
-                size = known.size(row, number) if known else None
+                size = (known.size(row, number) if known else None) or part.image.size
                 opened[number] = size or header_size(_content(part.image), self.config.max_image_pixels)
             args = self._args(group_index, part.kind)
             width, height = target_size(*opened[number], args, num_images)

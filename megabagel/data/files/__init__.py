@@ -4,6 +4,7 @@ What the keys of a row mean is decided in `data/sources`.
 """
 
 import json
+import logging
 from bisect import bisect_right
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,15 @@ import numpy as np
 from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig
 from megabagel.data.faults import DataError, Fault
 from megabagel.data.files import storage
+from megabagel.data.files.index import SUFFIX as INDEX_SUFFIX
+from megabagel.data.files.index import Index, Places, open_index
 from megabagel.data.files.json_array import JsonArray
 from megabagel.data.files.jsonl import JsonLines
 from megabagel.data.files.parquet import WINDOW, Cache, Parquet
 from megabagel.data.files.webdataset import Tar
 from megabagel.runtime import rng
+
+logger = logging.getLogger(__name__)
 
 _OPENED_AT_ONCE = 8  # files: where each takes a round trip over a network
 _BLOCK = 256  # rows in place of a whole file where other files of the group are parquet
@@ -34,8 +39,11 @@ class File(Protocol):
     num_rows: int
     blocks: list[int] | None  # rows that are cheap to read together; null: every row by itself
     faults: list[Fault]
+    index: Index | None
 
     def label(self, row: int) -> str: ...
+
+    def places(self) -> Places: ...
 
     def __getitem__(self, row: int) -> dict: ...
 
@@ -44,7 +52,7 @@ class Rows:
     """Random access to the used rows of all data sets of a group.
 
     `blocks`: numbers of rows that are cheap to read together. `window`: how many blocks are shuffled together; null:
-    all. `faults`: of whole files, found while opening.
+    all. `faults`: of whole files, found while opening. `files`: all of them, in order.
     """
 
     def __init__(self, datasets: list["_Dataset"], cache: Cache) -> None:
@@ -60,6 +68,7 @@ class Rows:
                 self.blocks += [_BLOCK] * full + [rest] * (rest > 0)
             else:
                 self.blocks.append(dataset.num_rows)
+        self.files = [file for dataset in datasets for file in dataset.files]
         self._datasets, self._cache = datasets, cache
         self._ends = list(accumulate(dataset.num_rows for dataset in datasets))
 
@@ -77,6 +86,12 @@ class Rows:
         """Folder or URL that the row's picture names are relative to."""
         return self._locate(row)[0].folder
 
+    def sizes(self, row: int) -> list[tuple[int, int] | None]:
+        """Width and height of the row's pictures by their number, as far as an index tells them."""
+        dataset, inside = self._locate(row)
+        file, number = dataset.locate(inside)
+        return [] if file.index is None else file.index.sizes(number)
+
     def __getitem__(self, row: int) -> dict:
         """The row. Raises DataFault when it cannot be read."""
         dataset, inside = self._locate(row)
@@ -89,22 +104,41 @@ def open_rows(group: GroupConfig, columns: list[str] | None = None, required: li
     which a parquet file is of no use. Raises DataError for missing files, folders and mixed kinds of files."""
     cache: Cache = OrderedDict()
     datasets = []
+    stale: list[str] = []
     for i, (name, paths) in enumerate(group.datasets.items()):
         faults: list[Fault] = []
-        found, kind = _paths(name, paths, group.format, faults)
-        opener = partial(_open, kind=kind, columns=columns, required=required or [], cache=cache)
+        found, kind = list_data_files(name, paths, group.format, faults)
+        opener = partial(
+            _open, kind=kind, columns=columns, required=required or [], cache=cache, group=group, stale=stale
+        )
         with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
             files = list(pool.map(opener, found))
         used = None if group.num_used_data is None else group.num_used_data[i]
         order = rng.generator(group.shuffle_seed, "line_choice", (i,)) if group.shuffle_lines else None
         datasets.append(_Dataset(files, paths.data_dir or "", faults, used, order))
+    if stale:
+        logger.warning(
+            "%d of the data's indexes are damaged or older than their files and not used, for example %s; "
+            "run tools/index_data.py again",
+            len(stale),
+            min(stale),
+        )
     return Rows(datasets, cache)
 
 
-def _open(path: str, kind: str, columns: list[str] | None, required: list[str], cache: Cache) -> File:
+def _open(
+    path: str,
+    kind: str,
+    columns: list[str] | None,
+    required: list[str],
+    cache: Cache,
+    group: GroupConfig,
+    stale: list[str],
+) -> File:
+    index = open_index(path, group.index_dir, group.format, stale)
     if kind == ".parquet":
-        return Parquet(path, columns, required, cache)
-    return {".jsonl": JsonLines, ".json": JsonArray, ".tar": Tar}[kind](path)
+        return Parquet(path, columns, required, cache, index)
+    return {".jsonl": JsonLines, ".json": JsonArray, ".tar": Tar}[kind](path, index)
 
 
 class _Dataset:
@@ -136,7 +170,7 @@ class _Dataset:
         return self.files[i], row - (self._ends[i] - self.files[i].num_rows)
 
 
-def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> tuple[list[str], str]:
+def list_data_files(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> tuple[list[str], str]:
     """The files of a data set in name order, at least one, compared with the info file, and their common suffix."""
     where = paths.path or paths.jsonl_path or paths.data_dir
     settings = ("jsonl_path", "data_dir", "path")  # `path` repeats one of the others where it was not given
@@ -145,7 +179,11 @@ def _paths(name: str, paths: DatasetPaths, format: str, faults: list[Fault]) -> 
     official = format in (T2I, EDIT) and setting == "data_dir"
     suffixes = (".parquet",) if official else FILE_SUFFIXES
     try:
-        files = [file for file in storage.list_files(where, suffixes) if file != paths.parquet_info_path]
+        files = [
+            file
+            for file in storage.list_files(where, suffixes)
+            if file != paths.parquet_info_path and not file.endswith(INDEX_SUFFIX)
+        ]
     except OSError as error:
         raise DataError(f"data set {name}: {setting} {where} cannot be read ({error}).") from None
     if not files:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megabagel.data.faults import DataError, Fault
 from megabagel.data.files import storage
+from megabagel.data.files.index import Index, Places
 from megabagel.data.files.jsonl import parse_object, read_span
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -20,16 +21,21 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf".decode("latin-1")
 class JsonArray:
     """Random access to the elements of one file's list."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, index: Index | None = None) -> None:
         """Raises DataError when the file cannot be read."""
         self.path = path
         self.blocks: list[int] | None = None  # elements are read one by one
-        self._spans, self.faults = scan(path)
+        self.index = index
+        self._spans, self.faults = scan(path) if index is None else (index.places.spans, index.faults)
         self.num_rows = len(self._spans)
 
     def label(self, row: int) -> str:
         """The element's number from 0, for messages."""
         return f"element {row}"
+
+    def places(self) -> Places:
+        """Where the rows lie, for an index."""
+        return Places.one_each(self._spans)
 
     def __getitem__(self, row: int) -> dict:
         """The parsed element. Raises DataFault (missing_file, broken_json)."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from megabagel.data.faults import DataError, DataFault, Fault
 from megabagel.data.files import storage
+from megabagel.data.files.index import Index, Places
 
 _CHUNK = 1 << 24
 
@@ -13,17 +14,22 @@ _CHUNK = 1 << 24
 class JsonLines:
     """Random access to the lines of one file that are not blank."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, index: Index | None = None) -> None:
         """Raises DataError when the file cannot be read."""
         self.path = path
         self.blocks: list[int] | None = None  # lines are read one by one
         self.faults: list[Fault] = []
-        self._spans = scan(path)
+        self.index = index
+        self._spans = scan(path) if index is None else np.column_stack([index.places.spans, index.places.lines])
         self.num_rows = len(self._spans)
 
     def label(self, row: int) -> str:
         """The line's number from 1, for messages."""
         return f"line {self._spans[row, 2]}"
+
+    def places(self) -> Places:
+        """Where the rows lie, for an index."""
+        return Places.one_each(self._spans[:, :2], self._spans[:, 2])
 
     def __getitem__(self, row: int) -> dict:
         """The parsed line. Raises DataFault (missing_file, broken_json)."""

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from megabagel.data.faults import DataFault, Fault
 from megabagel.data.files import storage
+from megabagel.data.files.index import Index, Places
 
 WINDOW = 4  # row groups that are shuffled together
 ROW_GROUPS_IN_MEMORY = 2 * WINDOW  # per group and process: measuring runs ahead of reading, each in a window of its own
@@ -23,12 +24,15 @@ Cache = OrderedDict[tuple[str, int], pa.Table]  # row groups by path and number,
 class Parquet:
     """Random access to the rows of one file. `blocks` [row groups]: rows each."""
 
-    def __init__(self, path: str, columns: list[str] | None, required: list[str], cache: Cache) -> None:
+    def __init__(
+        self, path: str, columns: list[str] | None, required: list[str], cache: Cache, index: Index | None = None
+    ) -> None:
         """`columns`: read where present; null: all. Without those of `required`, without any of `columns`, or
         unreadable, the file has no rows and one fault."""
         self.path = path
         self.blocks: list[int] = []
         self.faults: list[Fault] = []
+        self.index = index
         self._columns, self._cache = columns, cache
         try:
             layout = scan(path)
@@ -47,6 +51,10 @@ class Parquet:
     def label(self, row: int) -> str:
         """The row's number in the file from 0, for messages."""
         return f"row {row}"
+
+    def places(self) -> Places:
+        """The number of rows, for an index: the file's own footer says where they are."""
+        return Places.nowhere(self.num_rows)
 
     def __getitem__(self, row: int) -> dict:
         """The row as Python objects. Raises DataFault when its row group cannot be read."""

@@ -91,6 +91,17 @@ def open_binary(path: str) -> BinaryIO:
     return open(path, "rb")
 
 
+def stamp(path: str) -> tuple[int, str]:
+    """Bytes of a file, and its last change as far as it is known. Raises OSError."""
+    if not is_url(path):
+        found = os.stat(path)
+        return found.st_size, str(found.st_mtime_ns)
+    system, inner = _remote(path)
+    found = _tried(lambda: system.info(inner))
+    changed = next((found[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if found.get(key)), "")
+    return found["size"], str(changed)
+
+
 def _remote(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(path)

@@ -6,12 +6,12 @@ Only headers are read to find them; members are then read one by one. Compressed
 import os
 import sys
 import tarfile
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from megabagel.data.faults import DataError, DataFault, Fault
 from megabagel.data.files import storage
+from megabagel.data.files.index import Index, Places
 from megabagel.data.files.jsonl import parse_object, read_span
 from megabagel.data.files.pictures import PICTURE_SUFFIXES
 
@@ -19,16 +19,21 @@ from megabagel.data.files.pictures import PICTURE_SUFFIXES
 class Tar:
     """Random access to the samples of one tar file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, index: Index | None = None) -> None:
         """Raises DataError when the file cannot be opened; what is damaged in it becomes `faults`."""
         self.path = path
         self.blocks: list[int] | None = None  # samples are read one by one
-        self._members, self.faults = scan(path)
+        self.index = index
+        self._members, self.faults = scan(path) if index is None else (index.places, index.faults)
         self.num_rows = len(self._members.names)
 
     def label(self, row: int) -> str:
         """The sample's name, for messages."""
         return f"sample {self._members.names[row]}"
+
+    def places(self) -> Places:
+        """Where the rows lie, for an index."""
+        return self._members
 
     def __getitem__(self, row: int) -> dict:
         """Keys of the json members, `text` from txt, `image` from a picture; every other member and every picture is
@@ -38,8 +43,8 @@ class Tar:
         first, last = self._members.starts[row : row + 2].tolist()
         for member in range(first, last):
             ending = self._members.endings[member]
-            begin, size = self._members.spans[member].tolist()
-            data = read_span(self.path, begin, begin + size)
+            begin, end = self._members.spans[member].tolist()
+            data = read_span(self.path, begin, end)
             kind = storage.suffix(f"x.{ending}")
             if kind == ".json":
                 content |= parse_object(data)
@@ -52,17 +57,7 @@ class Tar:
         return members | content
 
 
-@dataclass
-class Members:
-    """Where the members of each sample are."""
-
-    names: list[str] = field(default_factory=list)  # of the samples, up to the first dot
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # [samples + 1], into the next two
-    spans: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [members, 2] offset and size, bytes
-    endings: list[str] = field(default_factory=list)  # what follows the first dot, in small letters
-
-
-def scan(path: str) -> tuple[Members, list[Fault]]:
+def scan(path: str) -> tuple[Places, list[Fault]]:
     """Samples in the order of their first member, and what cannot be read.
 
     Raises DataError when the file cannot be opened.
@@ -80,11 +75,11 @@ def scan(path: str) -> tuple[Members, list[Fault]]:
     members = [member for group in samples.values() for member in group]
     starts = np.cumsum([0, *(len(group) for group in samples.values())], dtype=np.int64)
     spans = np.array([member[:2] for member in members], dtype=np.int64).reshape(-1, 2)
-    return Members(list(samples), starts, spans, [member[2] for member in members]), faults
+    return Places(spans, starts, names=list(samples), endings=[member[2] for member in members]), faults
 
 
 def _collect(file, path: str, samples: dict[str, list[tuple[int, int, str]]], faults: list[Fault]) -> None:
-    """Append (offset, size, ending) of every file in the archive to its sample. Raises TarError where it is damaged."""
+    """Append (begin, end, ending) of every file in the archive to its sample. Raises TarError where it is damaged."""
     end, total = 0, file.seek(0, os.SEEK_END)
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -103,7 +98,9 @@ def _collect(file, path: str, samples: dict[str, list[tuple[int, int, str]]], fa
                 faults.append(Fault("bad_row", f"{path} member {member.name}", "is not a regular file; it is not read"))
                 continue
             key = f"{folder}/{stem}" if folder else stem
-            samples.setdefault(key, []).append((member.offset_data, member.size, sys.intern(ending.lower())))
+            samples.setdefault(key, []).append(
+                (member.offset_data, member.offset_data + member.size, sys.intern(ending.lower()))
+            )
         file.seek(archive.offset)
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"no valid header at byte {archive.offset}")

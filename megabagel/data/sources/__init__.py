@@ -45,7 +45,7 @@ FORMATS: dict[str, Format] = {
 class Source:
     """Random access to the documents of a group.
 
-    `blocks`, `window`, `faults`: as of `files.Rows`.
+    `blocks`, `window`, `faults`, `files`: as of `files.Rows`.
     """
 
     def __init__(self, name: str, group: GroupConfig, seed: int) -> None:
@@ -55,6 +55,7 @@ class Source:
         self._seed = seed
         self._frames = group.frame_sampler_args or FrameSamplerArgs(max_num_frames=12)
         self.blocks, self.window, self.faults = self._rows.blocks, self._rows.window, self._rows.faults
+        self.files = self._rows.files
 
     def origin(self, row: int) -> str:
         """File and row in it, for messages."""
@@ -64,7 +65,8 @@ class Source:
         """Entries of the row. `key` (group, row, visit) decides what is drawn. Raises DataFault when the row cannot be
         used."""
         content = self._rows[row]
-        return self._format.entries(content, Context(key, self._seed, self._rows.folder(row), content, self._frames))
+        folder, sizes = self._rows.folder(row), self._rows.sizes(row)
+        return self._format.entries(content, Context(key, self._seed, folder, content, self._frames, sizes))
 
 
 def open_source(name: str, group: GroupConfig, seed: int) -> Source:

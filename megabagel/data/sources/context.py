@@ -26,6 +26,7 @@ class Context:
     folder: str  # of the data set, or a URL
     row: dict = field(default_factory=dict)
     frames: FrameSamplerArgs = field(default_factory=lambda: FrameSamplerArgs(max_num_frames=12))
+    sizes: list[tuple[int, int] | None] = field(default_factory=list)  # of the row's pictures, from an index
     _num_images: int = 0
 
     def generator(self, purpose: str) -> np.random.Generator:
@@ -42,15 +43,16 @@ class Context:
         if number is None:
             number = self._num_images
         self._num_images = number + 1
+        size = self.sizes[number] if number < len(self.sizes) else None
         if isinstance(reference, dict):
             reference = reference.get("bytes") or reference.get("path")
         if isinstance(reference, str) and isinstance(member := self.row.get(reference.lower()), bytes):
             reference = member
         if isinstance(reference, bytes):
-            return ImageSource(number, content=reference)
+            return ImageSource(number, content=reference, size=size)
         if not isinstance(reference, str) or not reference:
             raise DataFault("bad_row", f"picture {number} must be a file name or bytes, found {_brief(reference)}")
-        return ImageSource(number, path=self.path(reference))
+        return ImageSource(number, path=self.path(reference), size=size)
 
     def path(self, name: str) -> str:
         """Absolute path or URL of a file or folder named in the row. Raises DataFault (path_outside, bad_row)."""
