@@ -139,7 +139,7 @@ def test_unusable_groups_are_refused_at_once(tmp_path, num_workers):
     with pytest.raises(DataError, match=r"data set one: folder data_dir .*gone does not exist"):
         make_reader({"t2i_pretrain": group}, num_workers=num_workers)
     (tmp_path / "gone").mkdir()
-    with pytest.raises(DataError, match=r"holds no \*.json, .* file"):
+    with pytest.raises(DataError, match=r"holds no \*.parquet file"):
         make_reader({"t2i_pretrain": group})
     (tmp_path / "gone" / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="group t2i_pretrain has no readable row; the first fault: .*a.parquet"):
