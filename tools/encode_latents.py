@@ -5,6 +5,7 @@ group, in the data file, is then set to that folder. Losses stay what they are w
 """
 
 import argparse
+import fcntl
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ from tools.latents.encode import Encoders, Settings, Stretch
 from tools.latents.pictures import VIDEO
 from tools.latents.processes import encode_all
 
-FAULTS = "faults.jsonl"
+FAULTS, LOCK = "faults.jsonl", ".lock"
 _EXPECTED = (ConfigError, DataError, CheckpointError, AutoencoderError)
 _MIB = 1 << 20
 EXAMPLE = """example (settings of the run may follow as in training; the same command again continues):
@@ -71,6 +72,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def store(config: Config, arguments: argparse.Namespace) -> None:
     """Everything after the command line. Raises one of the `_EXPECTED` errors with a sentence for the user."""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"another encode_latents writes to {arguments.out}; wait for it or give another --out."
+            ) from None
+        _store(config, arguments)
+
+
+def _store(config: Config, arguments: argparse.Namespace) -> None:
     _check(config, arguments)
     groups = _chosen(load_dataset_groups(config.data.dataset_config_file), arguments.group)
     wanted = {name: _kinds(config, group, arguments.vit) for name, group in groups.items()}
