@@ -151,7 +151,10 @@ def _faults_of(source: bytes | str) -> Iterator[None]:
     except FileNotFoundError:
         raise DataFault("missing_file", f"image {source!r} does not exist") from None
     except UnidentifiedImageError:
-        raise DataFault("undecodable_image", f"image ({name}) cannot be decoded: unknown format") from None
+        allowed = ", ".join(FORMATS)
+        raise DataFault(
+            "undecodable_image", f"image ({name}) cannot be decoded: unknown format, or none of {allowed}"
+        ) from None
     except MemoryError:
         raise DataFault("image_bomb", f"image ({name}) needs more memory than its size explains") from None
     except Exception as error:  # hostile bytes make the decoders raise anything

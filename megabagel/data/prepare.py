@@ -22,8 +22,13 @@ from megabagel.packing.geometry import Geometry
 from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import VAE, VIT, PlannedSample, draw_dropout, plan_sample
 
-MAX_BYTES_PER_TOKEN = 256  # more than any token of a byte-level vocabulary has on average over a text
+MAX_BYTES_PER_TOKEN = 256  # far more than tokens of any text have on average; longer texts are not tokenised whole
 _MAX_HALVINGS = 32
+_REMEDIES = {
+    "skip": "raise it, or set data.over_long to truncate_text or shrink_image",
+    "truncate_text": "cutting its texts is not enough",
+    "shrink_image": "shrinking its pictures is not enough",
+}
 _PICTURES = {VIT: "vit_image", VAE: "vae_image"}
 
 
@@ -75,8 +80,9 @@ class Preparer:
         elif planned.num_tokens > most and self.config.over_long == "shrink_image":
             planned = self._shrink(sample, dropped, planned)
         if planned.num_tokens > most:
+            remedy = _REMEDIES[self.config.over_long]
             raise DataFault(
-                "over_long", f"{planned.num_tokens} tokens, more than data.max_num_tokens_per_sample = {most}"
+                "over_long", f"{planned.num_tokens} tokens, more than data.max_num_tokens_per_sample = {most}; {remedy}"
             )
         return planned
 
@@ -122,7 +128,7 @@ class Preparer:
         except UnicodeEncodeError as error:
             raise DataFault("bad_row", f"a text is not valid Unicode ({error.reason} at {error.start})") from None
         most = self.config.max_num_tokens_per_sample
-        if len(encoded) > most * MAX_BYTES_PER_TOKEN:  # tokenising it would take minutes
+        if len(encoded) > most * MAX_BYTES_PER_TOKEN:
             if self.config.over_long != "truncate_text":
                 message = f"a text of {len(encoded)} bytes, more than data.max_num_tokens_per_sample = {most} tokens"
                 raise DataFault("over_long", message)

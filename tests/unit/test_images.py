@@ -81,7 +81,7 @@ def test_every_format_tells_its_size_before_it_is_decoded_and_can_be_resized_aft
 
 def test_only_the_first_picture_of_a_file_counts():
     frames = [Image.new("RGB", (8, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    for format in ("GIF", "WEBP", "TIFF"):
+    for format in ("GIF", "WEBP", "TIFF", "MPO"):  # the last is what phones call JPEG
         assert decode(encoded(frames[0], format, save_all=True, append_images=frames[1:])).getpixel((0, 0))[0] > 200
 
 
