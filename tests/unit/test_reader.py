@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from megabagel.data import reader, workers
 from megabagel.data.faults import DataError
 from megabagel.data.loader import SampleMaker
 from megabagel.data.mixture import Mixture
@@ -348,6 +349,35 @@ def test_a_pack_that_loses_all_its_samples_holds_a_blank_text():
         (step,) = readers.steps()
     assert [len(pack.keys) for pack in step] == [1] * 6
     assert sorted(key[1] for pack in step for key in pack.keys) == [-1, 1, 2, 3, 4, 5]
+
+
+class RecordingPool:
+    """Works here, but only when asked for a result, and remembers what it was asked to load."""
+
+    def __init__(self, maker) -> None:
+        self._pool, self.tasks = workers.open_pool(maker, 0), []
+
+    def submit(self, kind, *arguments):
+        self.tasks.append(kind)
+        return self._pool.submit(kind, *arguments)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+@pytest.mark.parametrize(("prefetch_mib", "most_ahead"), [(0, 1), (1024, reader.MAX_STEPS_AHEAD)])
+def test_reading_ahead_is_bounded_and_starts_with_the_first_step(monkeypatch, prefetch_mib, most_ahead):
+    pools = []
+    monkeypatch.setattr(reader, "open_pool", lambda maker, _: pools.append(RecordingPool(maker)) or pools[0])
+    fields = {"prefetch_mib": prefetch_mib, "num_workers": 1, "global_batch_size": 1, "max_num_tokens_per_sample": 130}
+    ahead = []
+    with replicas({"a": group()}, {"a": Rows(20)}, expected_num_tokens=1, **fields) as readers:
+        assert not pools[0].tasks  # a state may still be loaded
+        for done in range(1, 30):
+            ((pack,),) = readers.steps(1)
+            assert len(pack.keys) == 1
+            ahead.append(pools[0].tasks.count("load") - done)
+    assert ahead[0] >= 1 and ahead[-1] == max(ahead) == most_ahead
 
 
 def test_too_many_bad_rows_end_the_run_after_the_steps_before():
