@@ -50,8 +50,12 @@ def render(
 
 
 def all_faults(surveys: Sequence[GroupSurvey]) -> list[tuple[str, Fault]]:
-    """Group name and fault, files first."""
-    return [(found.name, fault) for found in surveys for fault in (*found.file_faults, *found.faults)]
+    """Group name and fault, files first, then rows in the order of the files."""
+    return [
+        (found.name, fault)
+        for found in surveys
+        for fault in (*found.file_faults, *sorted(found.faults, key=lambda fault: fault.key or ()))
+    ]
 
 
 def report(surveys: Sequence[GroupSurvey], ways: Sequence[Way], strategy: str, most_faults: int) -> list[str]:
@@ -95,7 +99,7 @@ def _tiles(surveys: Sequence[GroupSurvey], ways: Sequence[Way], strategy: str) -
         if way.strategy == strategy:
             tiles.append({"value": f"{way.fill:.1%}", "label": f"of a pack filled, {WAYS[strategy]}"})
             if way.imbalance is not None:
-                tiles.append({"value": f"{way.imbalance:.2f}", "label": f"heaviest of {RANKS} ranks over the mean"})
+                tiles.append({"value": f"{way.imbalance:.3f}", "label": f"heaviest of {RANKS} ranks over the mean"})
     return tiles
 
 

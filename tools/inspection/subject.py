@@ -1,5 +1,8 @@
 """What is inspected: the settings of a run, its groups and tokenizer, opened as by a run but without a model."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from inspection.packs_view import Part
@@ -14,7 +17,9 @@ from megabagel.data.loader import SampleMaker
 from megabagel.data.mixture import Mixture
 from megabagel.data.prepare import Preparer
 from megabagel.data.reader import Reader
+from megabagel.data.stored import StoredLatents
 from megabagel.data.text import Tokenizer
+from megabagel.models.vision import is_frozen
 from megabagel.packing.binpack import PackLimits
 from megabagel.packing.cost import CostModel
 from megabagel.packing.geometry import Geometry, geometry_of
@@ -66,17 +71,20 @@ class Subject:
         data = replace(self.config.data, num_workers=0, max_bad_fraction=1.0)
         of_step = self.config.training.global_batch_size if data.packing == "balanced" else 1
         found = []
-        with Reader(
-            data,
-            self.groups,
-            self.tokenizer,
-            self.geometry,
-            tile=TILE,
-            global_batch_size=of_step,
-            cost_model=self.costs,
-            visual_und=self.config.model.visual_und,
-            visual_gen=self.config.model.visual_gen,
-        ) as reader:
+        with (
+            _silent_faults(),
+            Reader(
+                data,
+                self.groups,
+                self.tokenizer,
+                self.geometry,
+                tile=TILE,
+                global_batch_size=of_step,
+                cost_model=self.costs,
+                visual_und=self.config.model.visual_und,
+                visual_gen=self.config.model.visual_gen,
+            ) as reader,
+        ):
             while len(found) < number:
                 found += reader.next_step()
         return found[:number]
@@ -101,6 +109,18 @@ class Subject:
         return [Part(k, d, part.text) for k, d, part in zip(kinds, dropped, found, strict=True)]
 
 
+@contextmanager
+def _silent_faults() -> Iterator[None]:
+    """Bad rows are reported by the survey already."""
+    logger = logging.getLogger("megabagel.data.faults")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def open_subject(options: list[str]) -> Subject:
     """`options`: as of a training run. Raises ConfigError, DataError or ValueError with one sentence."""
     config = load_config(options)
@@ -112,6 +132,8 @@ def open_subject(options: list[str]) -> Subject:
     tokenizer = Tokenizer(tokenizer_path(config))
     geometry = geometry_of(config.model, tokenizer.special)
     model = config.model
-    preparer = Preparer(groups, config.data, tokenizer, geometry, model.visual_und, model.visual_gen)
+    frozen = is_frozen(model)
+    stored = [StoredLatents.open(group, features=frozen) for group in groups.values()]
+    preparer = Preparer(groups, config.data, tokenizer, geometry, model.visual_und, model.visual_gen, stored)
     maker = SampleMaker(groups, preparer, config.data.seed)
     return Subject(config, groups, tokenizer, geometry, maker, cost_model(model))
