@@ -1,6 +1,7 @@
 """Packed tokens per second of the reader, from files to packs, against a plain PyTorch pipeline on the same files.
 
     python tools/bench_data.py --rounds 3
+    python tools/bench_data.py --latents      # the reader from stored moments, and from those and ViT features, too
     python tools/bench_data.py --memory       # resident memory over 100,000 samples
 
 JPEGs with a long side of 512 to 1024 pixels, written once; the ways take turns with two workers each. Processor seconds
@@ -24,15 +25,18 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in
 import psutil  # noqa: E402
 from baseline import official_pipeline  # noqa: E402
 from baseline.bench_files import OFFICIAL, TINY, write_files  # noqa: E402
+from baseline.stored_files import write_stored  # noqa: E402
 from packs.mix import GEOMETRY  # noqa: E402
 
 from megabagel.config.datasets import load_dataset_groups  # noqa: E402
 from megabagel.config.schema import DataConfig  # noqa: E402
 from megabagel.data.pack import Pack  # noqa: E402
 from megabagel.data.reader import Reader  # noqa: E402
+from megabagel.data.stored import StoredLatents  # noqa: E402
 from megabagel.data.text import Tokenizer  # noqa: E402
 
 TOKENIZER = ROOT / "tests" / "golden" / "public-basic" / "ckpt"
+WARM = 4  # packs before the clock starts
 
 
 @dataclass
@@ -65,7 +69,8 @@ def resident_mib() -> float:
 def our_packs(file: Path, config: DataConfig) -> Iterator[Pack]:
     groups, tokenizer = load_dataset_groups(str(file)), Tokenizer(str(TOKENIZER))
     geometry = replace(GEOMETRY, special_tokens=tokenizer.special)
-    with Reader(config, groups, tokenizer, geometry, tile=16, global_batch_size=1) as reader:
+    known = [StoredLatents.open(group, features=True) for group in groups.values()]
+    with Reader(config, groups, tokenizer, geometry, tile=16, global_batch_size=1, known=known) as reader:
         while True:
             yield from reader.next_step()
 
@@ -87,23 +92,24 @@ def plain_tokens(file: Path, config: DataConfig) -> Iterator[int]:
         yield int(batch["sample_lens"].sum())
 
 
-def rate(packs: Iterator[int], warm: int, number: int) -> Rate:
-    """Of `number` packs after `warm` others. Closes the iterator."""
+def rate(packs: Iterator[int], warm: int, seconds: float) -> Rate:
+    """Of the packs of `seconds`, after `warm` others. Closes the iterator."""
     for _ in islice(packs, warm):
         pass
-    start, cpu = time.perf_counter(), cpu_seconds()
-    tokens = sum(islice(packs, number))
+    start, cpu, tokens = time.perf_counter(), cpu_seconds(), 0
+    while time.perf_counter() - start < seconds:
+        tokens += next(packs)
     result = Rate(tokens, time.perf_counter() - start, cpu_seconds() - cpu)
     packs.close()
     return result
 
 
-def compare(ways: dict[str, Callable[[], Iterator[int]]], rounds: int, packs: int) -> dict[str, list[Rate]]:
+def compare(ways: dict[str, Callable[[], Iterator[int]]], rounds: int, seconds: float) -> dict[str, list[Rate]]:
     """The ways take turns, so that what else the machine does hits all of them."""
     rates: dict[str, list[Rate]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            rates[name].append(rate(way(), 2, packs))
+            rates[name].append(rate(way(), WARM, seconds))
             last = rates[name][-1]
             cost = 1e6 * last.cpu / last.tokens
             print(f"  {name:24} {last.per_second():9.0f} tokens/s, {cost:6.2f} s of CPU per million", flush=True)
@@ -144,8 +150,14 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         "reader": lambda: our_tokens(file, config),
         "reader, pictures as floats": lambda: our_tokens(file, config, floats=True),
     }
-    print(f"{options.samples} samples, {options.workers} workers, {options.packs} packs a round:")
-    return ratios(compare(ways, options.rounds, options.packs), "plain")
+    if options.latents:
+        tokenizer = Tokenizer(str(TOKENIZER))
+        moments = write_stored(file, ("vae_image",), tokenizer)
+        both = write_stored(file, ("vae_image", "vit_image"), tokenizer)
+        ways["stored moments"] = lambda: our_tokens(moments, config)
+        ways["stored moments, features"] = lambda: our_tokens(both, config)
+    print(f"{options.samples} samples, {options.workers} workers, {options.seconds:g} s a round:")
+    return ratios(compare(ways, options.rounds, options.seconds), "plain")
 
 
 def flatness(options: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -158,17 +170,18 @@ def flatness(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", action="store_true", help="also from stored moments and ViT features")
     parser.add_argument("--memory", action="store_true", help="resident memory instead of speed")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
     parser.add_argument("--folder", type=Path, help="where the files are kept; a temporary folder if left out")
     parser.add_argument("--samples", type=int, default=400, help="samples on disk; they are read again and again")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--packs", type=int, default=16, help="packs of a round")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each way in a round")
     options = parser.parse_args(argv)
     options.shortest, options.longest, options.sizes, options.memory_samples = 512, 1024, OFFICIAL, 100_000
     if options.smoke:
-        options.samples, options.rounds, options.packs, options.workers = 16, 1, 2, 0
+        options.samples, options.rounds, options.seconds, options.workers = 16, 1, 0.2, 0
         options.shortest, options.longest, options.sizes, options.memory_samples = 64, 96, TINY, 500
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

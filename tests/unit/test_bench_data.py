@@ -8,7 +8,8 @@ from tools import bench_data
 
 
 @pytest.mark.parametrize(
-    ("options", "ratio"), [((), "reader / plain"), (("--memory",), "MiB at the end / after a fifth")]
+    ("options", "ratio"),
+    [(("--latents",), "stored moments, features / plain"), (("--memory",), "MiB at the end / after a fifth")],
 )
 def test_a_short_run_ends_in_its_ratios(options, ratio, tmp_path, capsys):
     bench_data.main(["--smoke", "--folder", str(tmp_path), *options])
