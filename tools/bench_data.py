@@ -152,8 +152,8 @@ def speed(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     }
     if options.latents:
         tokenizer = Tokenizer(str(TOKENIZER))
-        moments = write_stored(file, ("vae_image",), tokenizer)
-        both = write_stored(file, ("vae_image", "vit_image"), tokenizer)
+        moments = write_stored(file, ("vae_image",), tokenizer, options.dtype)
+        both = write_stored(file, ("vae_image", "vit_image"), tokenizer, options.dtype)
         ways["stored moments"] = lambda: our_tokens(moments, config)
         ways["stored moments, features"] = lambda: our_tokens(both, config)
     print(f"{options.samples} samples, {options.workers} workers, {options.seconds:g} s a round:")
@@ -171,6 +171,7 @@ def flatness(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latents", action="store_true", help="also from stored moments and ViT features")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of what is stored")
     parser.add_argument("--memory", action="store_true", help="resident memory instead of speed")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; the numbers mean nothing")
     parser.add_argument("--folder", type=Path, help="where the files are kept; a temporary folder if left out")
