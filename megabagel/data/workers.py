@@ -154,8 +154,7 @@ class _Processes:
                 try:
                     if worker is None:
                         worker = self._start(place)
-                        for task in running:
-                            worker.send(task.kind, task.arguments, self._hang_seconds)
+                        self._repeat(worker, running)
                     self._take(worker, running)
                     self._receive(worker, running)
                 except (EOFError, OSError) as reason:  # it died, or is silent
@@ -189,8 +188,13 @@ class _Processes:
                 running.append(task)
                 worker.send(task.kind, task.arguments, self._hang_seconds)
 
+    def _repeat(self, worker: WorkerProcess, running: deque[_Task]) -> None:
+        """Hand on what another worker left undone. Not in `_serve`, which would keep the last of it in memory."""
+        for task in running:
+            worker.send(task.kind, task.arguments, self._hang_seconds)
+
     def _receive(self, worker: WorkerProcess, running: deque[_Task]) -> None:
-        """Pass on the answer to the oldest task, if there is one. Not in `_serve`, which would keep it in memory."""
+        """Pass on the answer to the oldest task, if there is one. Not in `_serve` either."""
         if running:
             good, result = worker.receive(self._hang_seconds)
             _answer(running.popleft().future, good, result)
