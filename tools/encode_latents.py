@@ -89,7 +89,7 @@ def _store(config: Config, arguments: argparse.Namespace) -> None:
     wanted = {name: _kinds(config, group, arguments.vit) for name, group in groups.items()}
     kinds = tuple(sorted({kind for of_group in wanted.values() for kind in of_group}))
     dtype, out = arguments.dtype or config.training.params_dtype, arguments.out.resolve()
-    prints = _fingerprints(config, kinds)
+    prints, most_bad = _fingerprints(config, kinds), config.data.max_bad_fraction
     stretches: list[Stretch] = []
     for name, group in groups.items():
         if not wanted[name]:
@@ -105,9 +105,12 @@ def _store(config: Config, arguments: argparse.Namespace) -> None:
     with tqdm(total=sum(s.stop - s.first for s in stretches), unit="row", disable=not sys.stderr.isatty()) as bar:
         if stretches:
             encode_all(settings, stretches, bar.update)
-    for name in groups:
-        if wanted[name]:
-            _summarise(out / name, name, wanted[name])
+    bad = [name for name in groups if wanted[name] and _summarise(out / name, name, wanted[name]) > most_bad]
+    if bad:
+        raise DataError(
+            f"more than data.max_bad_fraction = {most_bad} of the rows of {', '.join(bad)} cannot be used; mend them "
+            f"or the settings, delete the group's folder below {out} and run again, or raise max_bad_fraction."
+        )
 
 
 def _check(config: Config, arguments: argparse.Namespace) -> None:
@@ -168,7 +171,8 @@ def _left(folder: Path, group: str, kinds: tuple[Kind, ...], rows: int) -> Itera
             yield Stretch(group, first, stop, missing)
 
 
-def _summarise(folder: Path, group: str, kinds: tuple[Kind, ...]) -> None:
+def _summarise(folder: Path, group: str, kinds: tuple[Kind, ...]) -> float:
+    """Say what there is now, and list bad rows; the share of those is returned."""
     faults = {fault["row"]: fault for kind in kinds for fault in faults_in(folder / kind)}
     write_faults(folder / FAULTS, [faults[row] for row in sorted(faults)])
     for kind in kinds:
@@ -181,6 +185,7 @@ def _summarise(folder: Path, group: str, kinds: tuple[Kind, ...]) -> None:
         first = faults[min(faults)]
         print(f"{group}: {len(faults)} rows cannot be used, listed in {folder / FAULTS}; the first: {first['message']}")
     print(f"{group}: set latents_dir: {folder}", flush=True)
+    return len(faults) / max(1, rows)
 
 
 if __name__ == "__main__":

@@ -219,11 +219,13 @@ def test_the_tool_goes_on_where_it_was_stopped_and_leaves_the_rest_alone(data_fi
 def test_rows_that_cannot_be_used_are_listed(data_file, tmp_path, capsys):
     copy = write_data(tmp_path / "data", ("vlm_sft",), rows=ROWS)
     os.truncate(tmp_path / "data" / "vlm_sft" / "1.png", 60)
-    assert encode(copy, tmp_path / "out") == 0
+    assert encode(copy, tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "1 rows cannot be used" in printed.out and "max_bad_fraction = 0.05 of the rows of vlm_sft" in printed.err
     (fault,) = [json.loads(line) for line in (tmp_path / "out" / "vlm_sft" / "faults.jsonl").read_text().splitlines()]
     assert fault["row"] == 1 and fault["kind"] == "undecodable_image" and "rows.jsonl" in fault["origin"]
     assert faults_in(tmp_path / "out" / "vlm_sft" / VIT) == [fault]
-    assert "1 rows cannot be used" in capsys.readouterr().out
+    assert encode(copy, tmp_path / "out", "--data.max_bad_fraction=0.5") == 0
 
 
 def test_what_the_tool_refuses_it_says_in_a_sentence(data_file, tmp_path, capsys):

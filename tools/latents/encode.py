@@ -3,7 +3,6 @@
 Which rows are left and which process takes them is decided by the caller.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ class StretchEncoder:
     """Works through stretches of rows in this process."""
 
     def __init__(self, settings: Settings, process: int = 0) -> None:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
         self._settings = settings
         self._dtype = DTYPES[settings.dtype]
         self._encoders = Encoders(settings.config, settings.kinds, process)
