@@ -43,6 +43,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "fsspec",
         "jsonargparse[signatures]>=4.49",
+        "jinja2",
         "matplotlib",
         "ninja",
         "numpy",

@@ -42,8 +42,7 @@ class RunState:
 
     step: int  # updates done
     counters: dict[str, int]
-    data_states: list  # of every data-parallel rank of the run that saved
-    data_state: object  # this rank's; of another rank when the number of data-parallel ranks has changed
+    data_state: object  # of all replicas
     config_yaml: str
     folder: Path
 
@@ -61,15 +60,13 @@ def save(
 ) -> Path:
     """Write the state after `step` updates; all ranks call it, and it is on disk and the newest when they return.
 
-    `data_state` is that of this rank's model replica, equal on all its ranks.
+    `data_state` is equal on all ranks.
     """
     is_writer = dist.get_rank() == 0
     target = folder.step_folder(run_dir, step)
     if is_writer:
         folder.begin(run_dir, step)
     dist.barrier()
-    data_states = [None] * parallel_state.get_data_parallel_world_size()
-    dist.all_gather_object(data_states, data_state, group=parallel_state.get_data_parallel_group_gloo())
     with whole_parameters(model_chunks):
         model_state = _model_state(model_chunks)
         state = {
@@ -80,7 +77,7 @@ def save(
                 "step": step,
                 "counters": counters,
                 "optimizer_steps": optimizer_state.steps_done(optimizer),
-                "data_states": data_states,
+                "data_state": data_state,
                 "config_yaml": config_yaml,
                 "layout": _layout(),
                 "has_ema": ema is not None,
@@ -162,6 +159,11 @@ def _load(
     ema: ema_state.Average | None,
 ) -> RunState:
     run = _from_rank_0(lambda: dist_checkpointing.load_common_state_dict(str(source))["run"])
+    if "data_state" not in run:
+        raise CheckpointError(
+            f"checkpoint {source} was written before replicas shared one order of the data, so its place in the data "
+            "is unknown; start a new run from its weights: --checkpoint.init_from with another checkpoint.run_dir"
+        )
     with whole_parameters(model_chunks):
         model_state = _model_state(model_chunks)
         request = {"model": model_state, "optimizer": optimizer_state.for_loading(optimizer, model_state)}
@@ -187,12 +189,10 @@ def _load(
         _set_rng_state(loaded["rng"])
     else:
         _say("the parallel layout has changed since %s: random generators start again from the seed", source)
-    data_states = run["data_states"]
     return RunState(
         step=run["step"],
         counters=run["counters"],
-        data_states=data_states,
-        data_state=data_states[parallel_state.get_data_parallel_rank() % len(data_states)],
+        data_state=run["data_state"],
         config_yaml=run["config_yaml"],
         folder=source,
     )

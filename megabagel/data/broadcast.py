@@ -87,8 +87,8 @@ def broadcast_pack(pack: Pack | None, group: dist.ProcessGroup | None, src: int)
         return pack
     return Pack(
         plan=_unpack_plan(description.pop("plan")),
-        vae_images=[unseen(shape) for shape in description.pop("vae_shapes")],
-        vit_images=[unseen(shape) for shape in description.pop("vit_shapes")],
+        vae_images=[unseen(*kind) for kind in description.pop("vae_kinds")],
+        vit_images=[unseen(*kind) for kind in description.pop("vit_kinds")],
         **description,
     )
 
@@ -96,8 +96,8 @@ def broadcast_pack(pack: Pack | None, group: dist.ProcessGroup | None, src: int)
 def _describe(pack: Pack) -> dict:
     """All of the pack but its pixels."""
     return {
-        "vae_shapes": [tuple(image.shape) for image in pack.vae_images],
-        "vit_shapes": [tuple(image.shape) for image in pack.vit_images],
+        "vae_kinds": [(tuple(image.shape), image.dtype) for image in pack.vae_images],
+        "vit_kinds": [(tuple(image.shape), image.dtype) for image in pack.vit_images],
         "groups": pack.groups,
         "keys": pack.keys,
         "origins": pack.origins,

@@ -14,14 +14,14 @@ from megabagel.data.pack import Pack
 
 
 def is_stored(shape: Sequence[int]) -> bool:
-    """Whether a picture of this shape is what an encoder made of it before, in float32: moments [2z, h, w] or features
-    [n, hidden]. Otherwise it is pixels: uint8 [3, H, W]."""
+    """Whether a picture of this shape is what an encoder made of it before, float32 or bfloat16: moments [2z, h, w] or
+    features [n, hidden]. Otherwise it is pixels: uint8 [3, H, W]."""
     return len(shape) != 3 or shape[0] != 3  # 2z is even
 
 
-def unseen(shape: Sequence[int]) -> Tensor:
-    """A picture that is on another rank: its shape only."""
-    return torch.empty(shape, dtype=torch.float32 if is_stored(shape) else torch.uint8, device="meta")
+def unseen(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A picture that is on another rank: its shape and type only."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def hand_out(packs: list[Pack], owners: list[int], group: dist.ProcessGroup, source: int) -> list[Pack]:
@@ -42,7 +42,7 @@ def hand_out(packs: list[Pack], owners: list[int], group: dist.ProcessGroup, sou
 def _exchange(images: list[Tensor], owners: list[int], group: dist.ProcessGroup, source: int) -> list[Tensor]:
     """In one all-to-all, in which only the source sends."""
     rank, ranks = group.rank(), range(group.size())
-    held = [i if rank == owner == source else unseen(i.shape) for i, owner in zip(images, owners, strict=True)]
+    held = [i if rank == owner == source else unseen(i.shape, i.dtype) for i, owner in zip(images, owners, strict=True)]
     # the wider type first: no picture then starts at an odd byte
     order = sorted(range(len(owners)), key=lambda n: -images[n].element_size())
     travels = [[n for n in order if owners[n] == r != source] for r in ranks]

@@ -13,6 +13,7 @@ from megabagel.packing.planner import build_plan
 from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import PlannedSample, plan_sample
 
+BFLOAT16_BITS = torch.int16  # numpy has no bfloat16: its bits travel as integers
 BLANK = "blank"  # group of the text without loss that stands in a pack without samples
 
 
@@ -53,4 +54,6 @@ def _blank(geometry: Geometry) -> PlannedSample:
 def _tensor(picture: np.ndarray) -> Tensor:
     """Channels first; what was encoded before is so already."""
     tensor = torch.from_numpy(picture)
+    if tensor.dtype == BFLOAT16_BITS:
+        return tensor.view(torch.bfloat16)
     return tensor.permute(2, 0, 1).contiguous() if tensor.dtype == torch.uint8 else tensor

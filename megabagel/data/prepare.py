@@ -212,7 +212,7 @@ class Preparer:
 
 
 def pixel_bytes(planned: PlannedSample, geometry: Geometry) -> int:
-    """Bytes of the sample's pixels once they are read."""
+    """Bytes of the sample's pixels once they are read. What is stored of pictures may take more or less."""
     return sum(3 * height * width for sizes in _pixel_sizes(planned, geometry).values() for height, width in sizes)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError, safe_open
 
 from megabagel.config.datasets import EDIT, FILE_SUFFIXES, T2I, DatasetPaths, GroupConfig, is_url
@@ -126,7 +127,7 @@ class Store:
         return None
 
     def read(self, row: int, number: int, size: tuple[int, int]) -> np.ndarray | None:
-        """float32; None where the picture is not stored at that size. Raises DataFault for a damaged file."""
+        """float32 or bfloat16's bits as int16; None where the picture is not stored at that size. Raises DataFault for a damaged file."""
         for part, place in self._places(row, number):
             index = self._indexes[part]
             if (index["height"][place], index["width"][place]) == size:
@@ -163,9 +164,10 @@ class Store:
                 if len(self._shards) > SHARDS_OPEN:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(part)
-            return self._shards[part].get_tensor(name).float().numpy()
+            tensor = self._shards[part].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataFault("stored_picture", f"{file} cannot be read ({error}); {_REMEDY}") from None
+        return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class StoredLatents:
@@ -196,7 +198,8 @@ class StoredLatents:
         return next((size for store in self._stores.values() if (size := store.size(row, number))), None)
 
     def lookup(self, row: int, number: int, kind: Kind, size: tuple[int, int]) -> np.ndarray | None:
-        """The picture at `size` (height, width) after resizing: moments [2z, h, w] or features [n, hidden], float32.
+        """The picture at `size` (height, width) after resizing: moments [2z, h, w] or features [n, hidden], float32, or
+        the bits of bfloat16 as int16.
 
         None where it is not stored at that size. Raises DataFault when it is and cannot be read.
         """

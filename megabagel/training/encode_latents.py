@@ -33,7 +33,7 @@ def moments_of(
 ) -> list[Tensor]:
     """Of each picture the moments, float32 [2z, h, w]: pictures of one size are encoded together, stored ones are
     moments already."""
-    moments = [image.to(device) if is_stored(image.shape) else None for image in images]
+    moments = [image.to(device, torch.float32) if is_stored(image.shape) else None for image in images]
     by_shape = defaultdict(list)
     for place, image in enumerate(images):
         if moments[place] is None:

@@ -16,6 +16,7 @@ from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import log_values
+from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
 from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
@@ -78,7 +79,8 @@ class Trainer:
         packs = self.reader.next_step()
         read = time.perf_counter()
         plans = [pack.plan for pack in packs]
-        counts = count(plans, config.training, self.layout.device)
+        blanks = sum(pack.groups.count(BLANK) for pack in packs)
+        counts = count(plans, config.training, self.layout.device, blanks)
         inputs = self.encoder(packs)
         encoded = time.perf_counter()
         for stage in self.stages:

@@ -32,8 +32,9 @@ class LossCounts:
     samples: int
 
 
-def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device) -> LossCounts:
-    """Sum over this replica's plans and all data-parallel ranks; every rank must call it."""
+def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device, blanks: int = 0) -> LossCounts:
+    """Sum over this replica's plans and all data-parallel ranks; every rank must call it. `blanks`: how many of the
+    samples only stand in for missing ones."""
     per_plan = [
         (
             plan.ce_weights.double().sum().item() if training.ce_loss_reweighting else plan.ce_rows.numel(),
@@ -45,6 +46,7 @@ def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device)
         for plan in plans
     ]
     total = torch.tensor(per_plan, dtype=torch.float64, device=device).sum(dim=0)
+    total[-1] -= blanks
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     ce, *integers = total.tolist()
     return LossCounts(ce, *(int(n) for n in integers))

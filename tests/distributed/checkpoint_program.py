@@ -142,7 +142,7 @@ class Run:
             self.records.append((float(total) / self.layout.tp_size, float(norm)))
 
     def save(self, run_dir: Path) -> None:
-        state = {"dp_rank": self.layout.dp_rank, "step": self.step}
+        state = {"counts": [self.step]}
         checkpoint.save(
             run_dir, self.step, self.chunks, self.optimizer, self.ema, data_state=state,
             counters={"samples": self.step * PACKS}, config_yaml="model: small",
@@ -192,7 +192,7 @@ def resume(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) 
     torch.rand(3)  # disturbs the generators
     state = second.load(run_dir)
     assert (state.step, state.counters, state.config_yaml) == (2, {"samples": 2 * PACKS}, "model: small")
-    assert state.data_state == {"dp_rank": layout.dp_rank, "step": 2}
+    assert state.data_state == {"counts": [2]}
     second.train(2)
     assert second.records == first.records[2:], (second.records, first.records)
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
@@ -225,7 +225,7 @@ def continue_from(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype
     run.save(copy)
     run.chunks[0].eval()  # dropout draws differ between layouts
     run.train(2)
-    return {"records": run.records, "data_states": state.data_states, "copy": str(copy)}
+    return {"records": run.records, "data_state": state.data_state, "copy": str(copy)}
 
 
 def killed(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:

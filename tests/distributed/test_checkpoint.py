@@ -45,7 +45,7 @@ def test_resume_with_overlap_in_bf16_is_equal_to_the_bit(tmp_path):
 def test_other_layouts_load_the_same_tensors_and_train_on_equally(saved):
     single = run("continue_from", saved, 1, 1, 1)
     data_parallel = run("continue_from", saved, 1, 1, 2)
-    assert single["data_states"] == data_parallel["data_states"] == [{"dp_rank": 0, "step": 2}]
+    assert single["data_state"] == data_parallel["data_state"] == {"counts": [2]}
     torch.testing.assert_close(
         torch.tensor(single["records"]), torch.tensor(data_parallel["records"]), rtol=1e-6, atol=0
     )
