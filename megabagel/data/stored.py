@@ -127,7 +127,10 @@ class Store:
         return None
 
     def read(self, row: int, number: int, size: tuple[int, int]) -> np.ndarray | None:
-        """float32 or bfloat16's bits as int16; None where the picture is not stored at that size. Raises DataFault for a damaged file."""
+        """float32 or bfloat16's bits as int16; None where the picture is not stored at that size.
+
+        Raises DataFault for a damaged file.
+        """
         for part, place in self._places(row, number):
             index = self._indexes[part]
             if (index["height"][place], index["width"][place]) == size:
