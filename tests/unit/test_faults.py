@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import pytest
 
@@ -98,7 +99,8 @@ def test_edit_rows_of_a_wrong_shape(tmp_path, caplog):
     assert "row 2: instruction_list must hold 2 non-empty lists for 3 pictures, found 1" in log
 
 
-def test_conversation_lines(tmp_path, caplog):
+def test_conversation_lines(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)  # as where the extra `video` is not installed
     human, gpt = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}
     (tmp_path / "vlm").mkdir()
     (tmp_path / "vlm" / "clip.mp4").write_bytes(b"")

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -427,7 +428,6 @@ def test_names_below_a_url_stay_below_it(name):
 
 
 def test_a_video_file_is_decoded_to_its_drawn_frames(tmp_path):
-    av = pytest.importorskip("av", reason="the extra `video` is not installed")
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
