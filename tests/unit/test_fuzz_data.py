@@ -31,7 +31,7 @@ TOKENS = Tokenizer(TOKENIZER)
 LIMIT_S, LIMIT_BYTES = 10, 1 << 30  # for one row; above the start
 KINDS = {
     *("bad_row", "broken_json", "missing_file", "path_outside", "unreadable_file", "undecodable_image", "image_bomb"),
-    *("over_long", "unreadable_parquet", "video_container", "nan_pixels"),
+    *("over_long", "unreadable_parquet", "video_container", "undecodable_video", "nan_pixels"),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
