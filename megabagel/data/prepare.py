@@ -4,6 +4,7 @@ Only headers of pictures are read by the first, so that packs can be planned eve
 samples are not known here.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -40,6 +41,9 @@ class Known(Protocol):
 
     def lookup(self, row: int, number: int, kind: str, size: tuple[int, int]) -> np.ndarray | None:
         """Stored encoding of it as `kind` (vit_image or vae_image) at `size` (height, width); None: there is none."""
+
+    def bytes_per_pixel(self, kind: str) -> float:
+        """What a stored encoding takes in memory, by the pixels it stands for; 0: none are stored."""
 
 
 @dataclass
@@ -211,9 +215,13 @@ class Preparer:
             )
 
 
-def pixel_bytes(planned: PlannedSample, geometry: Geometry) -> int:
-    """Bytes of the sample's pixels once they are read. What is stored of pictures may take more or less."""
-    return sum(3 * height * width for sizes in _pixel_sizes(planned, geometry).values() for height, width in sizes)
+def pixel_bytes(planned: PlannedSample, geometry: Geometry, known: Known | None = None) -> int:
+    """Bytes of the sample's pictures once they are read, at most. `known`: of its group."""
+    total = 0.0
+    for kind, sizes in _pixel_sizes(planned, geometry).items():
+        each = max(3.0, known.bytes_per_pixel(_PICTURES[kind]) if known else 0.0)
+        total += each * sum(height * width for height, width in sizes)
+    return math.ceil(total)
 
 
 def _pixel_sizes(planned: PlannedSample, geometry: Geometry) -> dict[int, list[tuple[int, int]]]:

@@ -75,6 +75,7 @@ class Reader:
             raise ValueError(f"{data_parallel_size} readers need {'an' if exchange is None else 'no'} exchange")
         self._make_pack = partial(make_pack, geometry=geometry, tile=tile, total_length=total_length)
         self._names, self._cost_model, self._geometry = list(groups), cost_model, geometry
+        self._known = known
         preparer = Preparer(groups, config, tokenizer, geometry, visual_und, visual_gen, known)
         maker = SampleMaker(groups, preparer, config.seed)
         self._num_rows = [order.num_rows for order in maker.orders]
@@ -174,7 +175,8 @@ class Reader:
 
     def _weigh(self, sample: PlannedSample) -> tuple[int, int, int]:
         cost = sample.num_tokens if self._cost_model is None else self._cost_model.cost(sample)
-        return sample.num_tokens, cost, pixel_bytes(sample, self._geometry)
+        known = self._known[sample.key[0]] if self._known else None
+        return sample.num_tokens, cost, pixel_bytes(sample, self._geometry, known)
 
     def _plan(self) -> None:
         """Plan one more step and begin to read it, unless there is none."""

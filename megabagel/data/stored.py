@@ -119,6 +119,19 @@ class Store:
         self._indexes: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
         self._shards: OrderedDict[int, Any] = OrderedDict()
 
+    def bytes_per_pixel(self) -> float:
+        """Of the first picture; the others of a kind take as much. 0 where nothing is stored or can be read."""
+        if not self._parts:
+            return 0.0
+        file = self.folder / (part_name(*self._parts[0]) + SHARD_SUFFIX)
+        try:
+            with safe_open(file, framework="pt") as shard:
+                name = next(iter(shard.keys()))
+                height, width = (int(side) for side in name.rpartition(".")[2].split("x"))
+                return shard.get_tensor(name).nbytes / (height * width)
+        except (OSError, SafetensorError, StopIteration):
+            return 0.0
+
     def size(self, row: int, number: int) -> tuple[int, int] | None:
         """Width and height of the upright picture before it was resized."""
         for part, place in self._places(row, number):
@@ -178,6 +191,11 @@ class StoredLatents:
 
     def __init__(self, stores: dict[Kind, Store]) -> None:
         self._stores = stores
+        self._bytes_per_pixel = {kind: store.bytes_per_pixel() for kind, store in stores.items()}
+
+    def bytes_per_pixel(self, kind: Kind) -> float:
+        """What a stored picture takes in memory, by the pixels it stands for; 0: none are stored."""
+        return self._bytes_per_pixel.get(kind, 0.0)
 
     @classmethod
     def open(cls, group: GroupConfig, *, features: bool) -> "StoredLatents | None":

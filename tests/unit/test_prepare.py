@@ -1,6 +1,7 @@
 """Documents to planned samples: the same from headers as from pixels, over-long rules, faults for whatever is wrong."""
 
 import io
+import math
 import pickle
 from dataclasses import replace
 
@@ -15,11 +16,11 @@ from megabagel.data.document import Entry, ImageSource
 from megabagel.data.faults import DataFault
 from megabagel.data.images import decode, resize, target_size
 from megabagel.data.over_long import cut_lengths, shrunk
-from megabagel.data.prepare import Preparer, pixel_bytes
+from megabagel.data.prepare import Preparer, _pixel_sizes, pixel_bytes
 from megabagel.data.text import Tokenizer
 from megabagel.packing.geometry import Geometry
 from megabagel.packing.sample import Item, Sample
-from megabagel.packing.splits import draw_dropout, plan_sample
+from megabagel.packing.splits import VAE, VIT, draw_dropout, plan_sample
 from tests.unit.data_fixtures import DROPOUT_OFF, TOKENIZER, TRANSFORM, VIT_TRANSFORM, png
 
 TOKENS = Tokenizer(TOKENIZER)
@@ -140,6 +141,18 @@ class Stored:
 
     def lookup(self, row, number, kind, size):
         return np.full((2, 3), 7.0) if (row, number, kind) == (5, 0, "vae_image") else None
+
+    def bytes_per_pixel(self, kind):
+        return {"vit_image": 23.5, "vae_image": 2.0}[kind]
+
+
+def test_what_is_stored_counts_as_it_will_be_in_memory():
+    planned = preparer().measure(EDITS, edit(), KEY, "x")
+    pixels = {kind: sum(h * w for h, w in sizes) for kind, sizes in _pixel_sizes(planned, GEOMETRY).items()}
+    assert pixels[VIT] and pixels[VAE]
+    assert pixel_bytes(planned, GEOMETRY) == 3 * (pixels[VIT] + pixels[VAE])
+    # some pictures may not be stored: never less than pixels take
+    assert pixel_bytes(planned, GEOMETRY, Stored()) == math.ceil(23.5 * pixels[VIT] + 3 * pixels[VAE])
 
 
 def test_known_sizes_and_stored_encodings_spare_the_picture():

@@ -81,11 +81,14 @@ def test_every_sample_comes_once_per_repeat(whole):
     assert states[-1]["counts"] == [74, 50]
 
 
-@pytest.mark.parametrize(("size", "workers"), [(1, 2), (2, 0), (3, 0), (3, 1), (4, 0)])
+@pytest.mark.parametrize(
+    ("whole", "size", "workers"),
+    [(packing, size, 0) for packing in ("greedy", "best_fit") for size in (2, 3, 4)]
+    + [("balanced", size, workers) for size in (1, 2, 3, 4) for workers in (0, 1, 2, 3)],
+    indirect=["whole"],
+)
 def test_packs_and_states_do_not_depend_on_replicas_and_workers(whole, size, workers):
     packing, steps, states = whole
-    if workers and packing != "balanced":
-        return
     with replicas(GROUPS, SOURCES, size, num_workers=workers, **fields_of(packing)) as readers:
         for number, step in enumerate(steps):
             ours = readers.next_step()

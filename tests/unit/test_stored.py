@@ -93,6 +93,8 @@ def test_what_is_written_in_parts_is_found_by_row_number_and_size(data_file, tmp
         values = torch.from_numpy(found).view(torch.bfloat16) if dtype == "bf16" else torch.from_numpy(found)
         assert values.element_size() == {"fp32": 4, "bf16": 2}[dtype]
         assert torch.equal(values.float(), torch.full((4, 4, 2), float(row)))
+    assert known.bytes_per_pixel(VAE) == 4 * 4 * 2 * {"fp32": 4, "bf16": 2}[dtype] / (32 * 16)
+    assert known.bytes_per_pixel(VIT) == 0
     assert known.lookup(3, 0, VAE, (16, 32)) is None  # not stored at that size
     assert known.lookup(3, 1, VAE, (32, 16)) is None and known.size(3, 1) is None
     assert known.lookup(1, 0, VAE, (32, 16)) is None and known.size(6, 0) is None
