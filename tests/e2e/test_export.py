@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.export import export, plan_export
@@ -23,6 +24,9 @@ from tests.distributed.launch import launch_ok
 from tests.tiny_data import CHECKPOINT, training_options, write_data
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools")]
+
+import inspect_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +134,44 @@ def test_a_run_starts_from_a_checkpoint_in_another_layout(run_dir, data, tmp_pat
     here, there = (json.loads((path / "metrics.jsonl").read_text()) for path in (tmp_path / "run", run_dir))
     for name in ("ce", "mse"):  # of the first step, before which neither run has changed a weight
         assert here[name] == pytest.approx(there[name], rel=1e-5)
+
+
+def inspect(capsys, *arguments: object) -> tuple[int, str]:
+    code = inspect_checkpoint.main([str(argument) for argument in arguments])
+    return code, "".join(capsys.readouterr())
+
+
+def test_inspection_says_what_is_in_a_checkpoint(run_dir, capsys):
+    code, text = inspect(capsys, run_dir, "--tensors", "^heads.lm_head", "--verify")
+    assert code == 0 and "tensor 2, context 1, expert 1, pipeline 2, data 1" in text
+    assert "mot, 4 layers of 64" in text and "step       1\n" in text
+    assert "heads.lm_head.weight  [512, 64]  float32\n" in text and "tensors can be read and are finite" in text
+    found = re.findall(r"^(\D+?) +[\d,]+ tensors +([\d,]+) values", text, re.MULTILINE)
+    values = {family: int(number.replace(",", "")) for family, number in found}
+    assert values.keys() == {"weights", "optimizer", "moving average"}
+    assert values["optimizer"] == 3 * values["weights"] == 3 * values["moving average"]
+
+
+def test_inspection_compares_tensor_by_tensor(run_dir, tmp_path, capsys):
+    code, text = inspect(capsys, run_dir, "--compare", CHECKPOINT, "--weights", "model")
+    assert code == 0 and "165 of 165 tensors are equal in every value" in text
+    tensors = load_file(CHECKPOINT / "ema.safetensors")
+    tensors["llm2vae.bias"][3] += 0.5
+    tensors["vae2llm.bias"] = tensors["vae2llm.bias"].double()
+    del tensors["vae2llm.weight"]
+    save_file(tensors, tmp_path / "changed.safetensors")
+    code, text = inspect(capsys, CHECKPOINT, "--compare", tmp_path / "changed.safetensors")
+    assert code == 1 and "only in the first: 1 tensors, for example vae2llm.weight" in text
+    assert "165 of 166 tensors are equal in every value, 1 differ in dtype" in text
+    assert "llm2vae.bias: largest difference 0.5, 93.8% of the values equal" in text
+    code, text = inspect(capsys, run_dir, "--compare", CHECKPOINT)
+    assert code == 1 and "no tensor has a name in both" in text
+    tensors["llm2vae.bias"][0] = float("nan")
+    save_file(tensors, tmp_path / "changed.safetensors")
+    code, text = inspect(capsys, tmp_path / "changed.safetensors", "--verify")
+    assert code == 1 and "llm2vae.bias holds 1 values that are not finite" in text
+    code, text = inspect(capsys, tmp_path)
+    assert code == 1 and text.startswith("error: ")
 
 
 def test_what_does_not_fit_is_one_sentence(run_dir, tmp_path):
