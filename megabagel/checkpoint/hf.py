@@ -36,11 +36,11 @@ def open_source(config: Config) -> AnySource:
     wanted, model = config.checkpoint, config.model
     scratch = Scratch(config.training.seed, model.init_std)
     if wanted.init_from:
-        other = "model" if wanted.init_weights == "ema" else "ema"
+        stems = ("ema", "model") if wanted.load_ema else ("model", "ema")
         if is_checkpoint(Path(wanted.init_from)):
-            source = TorchDistSource(wanted.init_from, model, wanted.init_weights)
+            source = TorchDistSource(wanted.init_from, model, stems[0])
         else:
-            source = SafetensorsFolder(wanted.init_from, (wanted.init_weights, other))
+            source = SafetensorsFolder(wanted.init_from, stems)
     elif wanted.init_llm or wanted.init_vit:
         llm, vit = (SafetensorsFolder(f) if f else None for f in (wanted.init_llm, wanted.init_vit))
         source = Pretrained(llm, vit, scratch)

@@ -70,7 +70,7 @@ def _bagel_folder(config: Config, folder: Path) -> Iterator[str]:
         )
     if is_checkpoint(folder):
         return  # its tensors are compared with the model when they are read
-    stems = sorted(("ema", "model"), key=lambda stem: stem != config.checkpoint.init_weights)
+    stems = sorted(("ema", "model"), reverse=not config.checkpoint.load_ema)
     shapes = next((found for stem in stems if (found := _shapes(folder, f"{stem}.safetensors"))), None)
     if shapes is None:
         yield f"checkpoint.init_from: {folder} holds neither ema.safetensors nor model.safetensors."

@@ -39,3 +39,9 @@ def dotted_fields(cls: type, prefix: str = "") -> list[str]:
         name = prefix + f.name
         names += dotted_fields(nested[f.name], f"{name}.") if f.name in nested else [name]
     return names
+
+
+def switches(cls: type, prefix: str = "") -> set[str]:
+    """The settings of `cls` that are true or false, by dotted name."""
+    found = {prefix + f.name for f in dataclasses.fields(cls) if f.type is bool}
+    return found.union(*(switches(nested, f"{prefix}{name}.") for name, nested in nested_dataclasses(cls).items()))

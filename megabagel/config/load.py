@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from megabagel.config.errors import ConfigError, unknown_key
 from megabagel.config.folder import SWITCHES, read_model_config
-from megabagel.config.help import dotted_fields, meanings, nested_dataclasses
+from megabagel.config.help import dotted_fields, meanings, nested_dataclasses, switches
 from megabagel.config.schema import Config, ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -44,7 +44,7 @@ def load_config(argv: list[str] | None = None) -> Config:
     Raises:
         ConfigError: a file that cannot be read or parsed, an unknown key, a value of the wrong type.
     """
-    argv = _resolve(list(sys.argv[1:] if argv is None else argv))
+    argv = _complete(_resolve(list(sys.argv[1:] if argv is None else argv)))
     _check_flags(argv)
     config = _parse(_parser(), argv)
     folder = config.model.folder
@@ -140,6 +140,16 @@ def _resolve(argv: list[str]) -> list[str]:
         takes_file = argument == "--config"
         resolved.append(argument)
     return resolved
+
+
+def _complete(argv: list[str]) -> list[str]:
+    """`argv` with `=true` behind every switch that is given without a value."""
+    bare = {f"--{name}" for name in switches(Config)}
+    following = [*argv[1:], "--"]
+    return [
+        f"{argument}=true" if argument in bare and after.startswith("--") else argument
+        for argument, after in zip(argv, following, strict=False)
+    ]
 
 
 def _config_file(name: str) -> str:

@@ -168,7 +168,7 @@ class CheckpointConfig:
     """Where the run starts from and what it writes."""
 
     init_from: str | None = None  # BAGEL folder, run folder or iter_... folder; null with no other: from scratch
-    init_weights: Literal["ema", "model"] = "ema"  # which weights of init_from are taken first
+    load_ema: bool = True  # init_from: start from its moving average where it has one; false: from its live weights
     init_llm: str | None = None  # Qwen2.5 folder
     init_vit: str | None = None  # SigLIP folder
     init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)

@@ -128,7 +128,7 @@ def test_an_interrupted_export_goes_on(run_dir, tmp_path):
 
 def test_a_run_starts_from_a_checkpoint_in_another_layout(run_dir, data, tmp_path):
     options = training_options(data, tmp_path / "run", steps=1)
-    options += [f"--checkpoint.init_from={run_dir}", "--checkpoint.init_weights=model"]
+    options += [f"--checkpoint.init_from={run_dir}", "--checkpoint.load_ema=false"]
     options += [f"--data.tokenizer={CHECKPOINT}", f"--checkpoint.init_vae={CHECKPOINT}"]
     launch_ok("megabagel.train", *options, processes=1)
     here, there = (json.loads((path / "metrics.jsonl").read_text()) for path in (tmp_path / "run", run_dir))

@@ -36,6 +36,16 @@ def test_overrides_win_over_files_and_later_files_over_earlier_ones(tmp_path):
     assert config.model.vit.hidden_size == Config().model.vit.hidden_size
 
 
+def test_a_switch_without_a_value_is_true():
+    off = ["--checkpoint.load_ema=false", "--model.qk_layernorm", "false", "--model.freeze_llm=false"]
+    config = load_config(off)
+    assert not (config.checkpoint.load_ema or config.model.qk_layernorm or config.model.freeze_llm)
+    config = load_config(
+        [*off, "--checkpoint.load_ema", "--model.freeze_llm", "--data.seed", "5", "--model.qk_layernorm"]
+    )
+    assert config.checkpoint.load_ema and config.model.qk_layernorm and config.model.freeze_llm
+
+
 def test_numbers_like_1e_minus_5_and_lists_are_read_from_yaml(tmp_path):
     file = write(tmp_path / "a.yaml", "optimizer: {lr: 1e-5}\nmodel: {vae: {ch_mult: [1, 2]}}\n")
     config = load_config(["--config", file])
