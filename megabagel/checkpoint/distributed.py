@@ -63,7 +63,7 @@ def save(
     `data_state` is equal on all ranks.
     """
     is_writer = dist.get_rank() == 0
-    target = folder.step_folder(run_dir, step)
+    target = folder.partial_folder(run_dir, step)
     if is_writer:
         folder.begin(run_dir, step)
     dist.barrier()
@@ -92,9 +92,9 @@ def save(
         with _no_future_warnings():
             dist_checkpointing.save(state, str(target))
     if is_writer:
-        folder.finish(run_dir, step)
+        folder.finish(run_dir, step, folder.records(target))
     dist.barrier()
-    return target
+    return folder.step_folder(run_dir, step)
 
 
 def load(

@@ -241,10 +241,10 @@ def killed(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) 
 def survive(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> dict:
     """What `killed` left gives step 1; then damage of several kinds, and models that do not fit."""
     run = Run(layout, parallel, dtype)
-    found = {"after_kill": run.load(run_dir).step, "partial_before": folder.step_folder(run_dir, 2).exists()}
+    found = {"after_kill": run.load(run_dir).step, "partial_before": folder.partial_folder(run_dir, 2).exists()}
     run.train(2)
     run.save(run_dir)
-    found["partial_after"] = folder.step_folder(run_dir, 2).exists()
+    found["partial_after"] = folder.partial_folder(run_dir, 2).exists()
     found["newest"] = run.load(run_dir).step
     tensors = next(folder.step_folder(run_dir, 3).glob("*.distcp"))
     whole = tensors.read_bytes()

@@ -67,7 +67,7 @@ def test_other_layouts_load_the_same_tensors_and_train_on_equally(saved):
 def test_kill_and_damage_fall_back_and_misfits_are_named(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(PROGRAM, "killed", tmp_path / "k.json", run_dir, 1, 1, processes=1).returncode != 0
-    assert folder.step_folder(run_dir, 2).exists() and folder.latest_step(run_dir) == 1
+    assert folder.partial_folder(run_dir, 2).exists() and folder.latest_step(run_dir) == 1
     output = tmp_path / "survive.json"
     log = launch_ok(PROGRAM, "survive", output, run_dir, 1, 1, processes=1)
     found = json.loads(output.read_text())
