@@ -5,17 +5,22 @@ A tensor is put together from the pieces that the ranks of the saving run wrote.
 """
 
 import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megabagel.checkpoint import folder
-from megabagel.checkpoint.errors import CheckpointError
+from megabagel.checkpoint.errors import CheckpointError, UnreadableError
+from megabagel.checkpoint.pieces import Piece
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -41,13 +46,12 @@ class TorchDist:
 
     def __init__(self, source: Path):
         """Raises CheckpointError when the folder's table of contents cannot be read."""
-        self.source = source
-        self._reader = FileSystemReader(str(source))
+        self.source = Path(source)
+        self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of a key: begins and ends [chunks, dimensions]
         try:
-            self._metadata = self._reader.read_metadata()
+            self._metadata = FileSystemReader(str(source)).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {source}: .metadata cannot be read ({error}); copy it again") from None
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            raise UnreadableError(f"checkpoint {source}: .metadata cannot be read ({error}); copy it again") from None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -61,42 +65,60 @@ class TorchDist:
         if index is not None:
             offsets[0], shape[0] = index, 1
         out = torch.empty(shape, dtype=self.dtypes[key])
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, self._metadata.state_dict_metadata[key], [wanted])
-        if sum(item.lengths.numel() for item in items) != out.numel():
-            raise CheckpointError(f"checkpoint {self.source}: pieces of {key} are missing; copy it again")
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"checkpoint {self.source}: {key} cannot be read ({reason}); copy it again") from None
+        self.read_into([Piece(key, self.shapes[key], tuple(offsets), out)])
         return out if index is None else out[0]
 
+    def read_object(self, key: str) -> object:
+        """An object that is no tensor, by its key (`rng/shard_0_2`). It is unpickled: trust the folder. KeyError."""
+        entry = self._metadata.storage_data[MetadataIndex(key)]
+        return self._load(key, entry, weights_only=False)[0]
 
-class _Into(LoadPlanner):
-    """Puts what the reader reads into one tensor."""
+    def read_into(self, pieces: Iterable[Piece]) -> None:
+        """Fill the data of `pieces`, converting types; needs no more memory than one stored piece besides.
 
-    def __init__(self, out: Tensor):
-        self.out = out
+        Their keys and global shapes must be the checkpoint's (`shapes`). Raises UnreadableError, when some may be
+        filled already.
+        """
+        wanted: dict[MetadataIndex, list[tuple[Tensor, tuple[slice, ...]]]] = defaultdict(list)
+        for piece in pieces:
+            covered = 0
+            for index, target, source in self._overlaps(piece):
+                wanted[index].append((target, source))
+                covered += target.numel()
+            if covered != piece.data.numel():
+                raise UnreadableError(f"checkpoint {self.source}: pieces of {piece.key} are missing; copy it again")
+        entries = self._metadata.storage_data
+        for index in sorted(wanted, key=lambda i: (entries[i].relative_path, entries[i].offset)):
+            stored = self._load(index.fqn, entries[index])
+            for target, source in wanted[index]:
+                target.copy_(stored[source])
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self.out
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
+    def _overlaps(self, piece: Piece) -> Iterator[tuple[MetadataIndex, Tensor, tuple[slice, ...]]]:
+        """(a stored piece, the part of the piece's data that it has, where that is in the stored piece)."""
+        key = piece.key
+        if key not in self._chunks:
+            chunks = self._metadata.state_dict_metadata[key].chunks
+            begins = np.array([tuple(c.offsets) for c in chunks], dtype=np.int64).reshape(len(chunks), -1)
+            sizes = np.array([tuple(c.sizes) for c in chunks], dtype=np.int64).reshape(len(chunks), -1)
+            self._chunks[key] = begins, begins + sizes
+        begins, ends = self._chunks[key]
+        start = np.array(piece.offsets, dtype=np.int64)
+        lows = np.maximum(begins, start)
+        highs = np.minimum(ends, start + np.array(piece.data.shape, dtype=np.int64))
+        for number in np.flatnonzero((lows < highs).all(axis=1)):
+            low, high, begin = lows[number], highs[number], begins[number]
+            index = MetadataIndex(key, begin.tolist())
+            yield index, piece.data.detach()[_slices(low - start, high - start)], _slices(low - begin, high - begin)
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+    def _load(self, key: str, entry: _StorageInfo, weights_only: bool = True) -> Any:
+        try:
+            with open(self.source / entry.relative_path, "rb") as file:
+                view = _create_file_view(file, entry.offset, entry.length)
+                return torch.load(view, map_location="cpu", weights_only=weights_only)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnreadableError(f"checkpoint {self.source}: {key} cannot be read ({reason}); copy it again") from None
 
-    def load_bytes(self, read_item: ReadItem, value: object) -> None:
-        raise TypeError(f"{read_item.storage_index.fqn} is no tensor: {LoadItemType.BYTE_IO}")
 
-    def set_up_planner(self, *_, **__) -> None: ...
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
+def _slices(begin: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True))

@@ -1,0 +1,66 @@
+"""Size and checksum of a checkpoint's files, taken while they are written. Who compares them is `folder`'s matter."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """`size` in bytes and zlib's CRC-32 of a file's whole content."""
+
+    size: int
+    crc32: int
+
+
+class RecordedFile:
+    """A binary file that is written from beginning to end, and its record so far. It offers what `torch.save` needs."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        self.record = FileRecord(0, 0)
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._raw.write(data)
+        size = memoryview(data).nbytes
+        self.record = FileRecord(self.record.size + size, zlib.crc32(data, self.record.crc32))
+        return size
+
+    def tell(self) -> int:
+        return self.record.size
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+
+@contextmanager
+def recorded(path: Path) -> Iterator[RecordedFile]:
+    """A new file at `path`, on disk (fsync) when the block ends without an error."""
+    with open(path, "wb", buffering=_BLOCK) as raw:
+        yield RecordedFile(raw)
+        raw.flush()
+        os.fsync(raw.fileno())
+
+
+def record_of(path: Path) -> FileRecord:
+    """The record of a file that is there, read block by block. Raises OSError."""
+    size, crc32, block = 0, 0, memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            size, crc32 = size + count, zlib.crc32(block[:count], crc32)
+    return FileRecord(size, crc32)
+
+
+def sync(path: Path) -> None:
+    """Bring a file that was written, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
