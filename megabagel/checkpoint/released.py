@@ -88,6 +88,10 @@ class TorchDistSource:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors.dtypes[self._by_name[name].key]
 
+    def stored_as(self, name: str) -> Stored:
+        """The parameter that a released tensor is part of."""
+        return self._by_name[name]
+
     def export(self, stored: Stored) -> dict[str, Tensor]:
         """Released name -> whole tensor, of one parameter."""
         value = self._tensors.read(stored.key, stored.layer)
