@@ -16,9 +16,11 @@ def main(argv: list[str] | None = None) -> None:
         layout = distributed.initialize(config.parallel, config.training.seed)
         if layout.rank == 0:
             print(to_yaml(config), flush=True)
-        from megabagel.training.setup import build_trainer  # after the device is chosen
+        from megabagel.checkpoint.lock import own  # after the device is chosen
+        from megabagel.training.setup import build_trainer
 
-        build_trainer(config, layout).run()
+        with own(config.checkpoint.run_dir, layout.rank):
+            build_trainer(config, layout).run()
         distributed.destroy()
 
 

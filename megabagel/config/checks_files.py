@@ -6,6 +6,7 @@ Only names, JSON files and safetensors headers are read. Damaged rows of data ar
 import glob
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +36,22 @@ _FRAMES = {
 
 def file_faults(config: Config) -> Iterator[str]:
     """Faults in order of importance. May raise ConfigError itself where a file cannot be parsed at all."""
+    yield from _run_dir(Path(config.checkpoint.run_dir))
     yield from _initial_weights(config)
     yield from _autoencoder(config)
     yield from _tokenizer(config)
     yield from _data_file(config)
+
+
+def _run_dir(run_dir: Path) -> Iterator[str]:
+    """A folder that cannot be written would else be noticed by the first save, hours later."""
+    above = run_dir.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        yield f"checkpoint.run_dir {run_dir} cannot be made: {above} is not a folder; choose another one."
+    if not os.access(above, os.W_OK | os.X_OK):
+        yield f"checkpoint.run_dir {run_dir} cannot be written: {above} is read-only for this user; choose another one."
 
 
 def _initial_weights(config: Config) -> Iterator[str]:

@@ -174,6 +174,11 @@ class CheckpointConfig:
     init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)
     run_dir: str = "runs/default"  # checkpoints, metrics.jsonl, tensorboard and the resolved config go here
     save_interval: int = 2000  # steps; a checkpoint is also written after the last step; 0: never
+    verify: bool = True  # compare checksums at loading: every rank reads its share of the files once more
+    keep_last: int | None = None  # newest checkpoints that stay; this and the next two null: all stay
+    keep_every: int | None = None  # those of steps that are multiples of this stay too
+    keep_best: int | None = None  # so many with the lowest best_metric stay too
+    best_metric: str = "validation/loss"  # what keep_best goes by
     auto_resume: bool = True  # continue from the newest checkpoint of run_dir when there is one
 
 
