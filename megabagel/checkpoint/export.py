@@ -74,6 +74,11 @@ def plan_export(
     source_folder = checkpoint_folder(checkpoint)
     config = read_config(source_folder)
     model = config.model
+    if model.has_sparse_experts:
+        raise CheckpointError(
+            f"checkpoint {source_folder} has sparse experts, which a BAGEL folder has no names for; train on from it "
+            "with checkpoint.init_from"
+        )
     source = TorchDistSource(source_folder, model, weights)
     released = None
     if base is None:

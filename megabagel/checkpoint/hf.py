@@ -17,7 +17,7 @@ from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
 from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
-from megabagel.checkpoint.upcycling import Upcycled, dense_twin
+from megabagel.checkpoint.upcycling import Upcycled, check_experts, dense_twin
 from megabagel.config.folder import LATENT_TABLE, VIT_TABLE, is_checkpoint
 from megabagel.config.schema import Config, ModelConfig
 from megabagel.models.bagel import Bagel
@@ -46,6 +46,7 @@ def open_source(config: Config) -> AnySource:
         source = Pretrained(llm, vit, scratch)
     else:
         return scratch
+    check_experts(source.names(), model, source.folder)
     return Upcycled(source, scratch) if model.has_sparse_experts else source
 
 

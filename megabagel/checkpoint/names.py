@@ -117,7 +117,8 @@ def rule_for(
     if "expert" in match.re.groupindex:
         rank, size = expert_parallel
         experts = model.und_num_experts if layer[2] == "und" else model.gen_num_experts
-        templates = tuple(t.replace("{e}", str(rank * (experts // size) + int(match["expert"]))) for t in templates)
+        first = rank * (experts // size) if size > 1 else 0
+        templates = tuple(t.replace("{e}", str(first + int(match["expert"]))) for t in templates)
     names = tuple(prefix + match.expand(template).replace("{t}", twin) for template in templates)
     if model.tie_word_embeddings and names == (LM_HEAD,):
         names = (EMBEDDING,)

@@ -3,7 +3,9 @@
 It joins the name map (`names.py`) with the reader of single tensors (`torch_dist.py`); it writes nothing.
 """
 
+import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,41 +19,42 @@ from megabagel.checkpoint.torch_dist import TorchDist, checkpoint_folder
 from megabagel.config.schema import ModelConfig
 
 _LAYERS = re.compile(r"decoder\.layers\.((?:und|gen)\..+)")
+_EXPERTS = ".mlp.experts.experts."
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter in the checkpoint: `key`, and which entry of it where layers are stacked."""
+    """One parameter in the checkpoint: `key`, and which part of it where layers, and experts in them, are stacked."""
 
     key: str
-    layer: int | None
+    index: tuple[int, ...]
     rule: Rule
 
 
-def stored_parameters(tensors: TorchDist, model: ModelConfig, prefix: str = "") -> list[Stored]:
+def stored_parameters(shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, prefix: str = "") -> list[Stored]:
     """Every parameter whose key begins with `prefix` ("" for the weights, `ema.PREFIX` for the average).
 
-    Raises CheckpointError for sparse experts, which no released model has.
+    `shapes`: of the whole tensors, by key.
     """
     found = []
-    for key in tensors.shapes:
+    for key, whole in shapes.items():
         name = key.removeprefix(prefix)
         if not key.startswith(prefix) or name.startswith(("optimizer.", EMA)):
             continue
-        if ".experts." in name or ".router." in name:
-            raise CheckpointError(
-                f"checkpoint {tensors.source} has sparse experts ({key}), which the released layout has no names for"
-            )
-        stacked = _LAYERS.fullmatch(name)
-        if stacked is None:
-            found.append(Stored(key, None, rule_for(name, tensors.shapes[key], 0, 1, model)))
-            continue
-        layers, *shape = tensors.shapes[key]
-        found += [
-            Stored(key, layer, rule_for(f"decoder.layers.{layer}.{stacked[1]}", shape, 0, 1, model))
-            for layer in range(layers)
-        ]
+        stacked = 0 if not _LAYERS.fullmatch(name) else 2 if _EXPERTS in name else 1
+        for index in itertools.product(*map(range, whole[:stacked])):
+            rule = rule_for(_parameter(name, index), whole[stacked:], 0, 1, model)
+            found.append(Stored(key, index, rule))
     return found
+
+
+def _parameter(name: str, index: tuple[int, ...]) -> str:
+    """What an unsplit model calls the part `index` of the tensor `name`."""
+    if not index:
+        return name
+    layer, *expert = index
+    name = f"decoder.layers.{layer}.{_LAYERS.fullmatch(name)[1]}"
+    return name.replace(_EXPERTS, f".mlp.experts.local_experts.{expert[0]}.") if expert else name
 
 
 class TorchDistSource:
@@ -64,9 +67,9 @@ class TorchDistSource:
         self.folder = checkpoint_folder(path)
         self._tensors = TorchDist(self.folder)
         self.stored = {
-            (stored.rule.names): stored
+            stored.rule.names: stored
             for prefix in ("", EMA)[: 2 if weights == "ema" else 1]  # the average replaces what it has
-            for stored in stored_parameters(self._tensors, model, prefix)
+            for stored in stored_parameters(self._tensors.shapes, model, prefix)
         }
         self._by_name = {name: stored for names, stored in self.stored.items() for name in names}
 
@@ -94,7 +97,7 @@ class TorchDistSource:
 
     def export(self, stored: Stored) -> dict[str, Tensor]:
         """Released name -> whole tensor, of one parameter."""
-        value = self._tensors.read(stored.key, stored.layer)
+        value = self._tensors.read(stored.key, stored.index)
         return {name: part for name, (part, _) in export_shard(value, stored.rule).items()}
 
     def read(self, name: str, shape: tuple[int, ...], dim: int | None, start: int, stop: int) -> Tensor:

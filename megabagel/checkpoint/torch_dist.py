@@ -58,15 +58,13 @@ class TorchDist:
             if isinstance(entry, TensorStorageMetadata):
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
 
-    def read(self, key: str, index: int | None = None) -> Tensor:
-        """The tensor `key`; with `index` its entry number `index` along the first dimension."""
-        shape = list(self.shapes[key])
-        offsets = [0] * len(shape)
-        if index is not None:
-            offsets[0], shape[0] = index, 1
-        out = torch.empty(shape, dtype=self.dtypes[key])
-        self.read_into([Piece(key, self.shapes[key], tuple(offsets), out)])
-        return out if index is None else out[0]
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """The tensor `key`, or the part of it that `index` into its first dimensions names."""
+        whole, rest = self.shapes[key], self.shapes[key][len(index) :]
+        out = torch.empty(rest, dtype=self.dtypes[key])
+        part = out.view([1] * len(index) + list(rest))
+        self.read_into([Piece(key, whole, (*index, *[0] * len(rest)), part)])
+        return out
 
     def read_object(self, key: str) -> object:
         """An object that is no tensor, by its key (`rng/shard_0_2`). It is unpickled: trust the folder. KeyError."""

@@ -5,6 +5,7 @@ tensors is `names.py`'s matter.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,9 +13,52 @@ from torch import Tensor
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch, Shape
+from megabagel.config.schema import ModelConfig
 
 # the MLP of a layer and stream, what of its sparse form, and the projection within it
+_EXPERT = re.compile(r"\.mlp(_moe_gen)?\.experts\.(\d+)\.")
+_SPARSE_KEY = re.compile(r"decoder\.layers\.(und|gen)\.mlp\.experts\.")  # in a checkpoint of ours
 _SPARSE = re.compile(r"(.+\.mlp(?:_moe_gen)?)\.(gate|shared_expert|experts\.\d+)\.(?:(gate|up|down)_proj\.)?weight")
+
+
+def experts_in(names: Iterable[str]) -> dict[str, int]:
+    """Stream (und, gen) -> number of sparse experts, for streams that have some among released tensor names."""
+    found: dict[str, int] = {}
+    for name in names:
+        if match := _EXPERT.search(name):
+            stream = "gen" if match[1] else "und"
+            found[stream] = max(found.get(stream, 0), int(match[2]) + 1)
+    return found
+
+
+def check_experts(names: Iterable[str], model: ModelConfig, folder: Path) -> None:
+    """Raise CheckpointError when `folder`, which holds `names`, has sparse experts other than those of the model."""
+    for stream, experts in experts_in(names).items():
+        wanted = getattr(model, f"{stream}_num_experts")
+        if wanted != experts:
+            has = f"a dense MLP (model.{stream}_num_experts null)" if wanted is None else f"{wanted} experts"
+            raise CheckpointError(
+                f"{folder} has {experts} sparse experts in the {stream} stream, but the configured model has {has}; "
+                f"their number cannot change: set model.{stream}_num_experts to {experts}"
+            )
+
+
+def density_fault(found: Iterable[str], expected: Iterable[str]) -> str | None:
+    """What to do when one of two sets of checkpoint keys has sparse experts where the other is dense; None: neither."""
+    here, there = ({match[1] for key in keys if (match := _SPARSE_KEY.match(key))} for keys in (found, expected))
+    if made := sorted(there - here):
+        return (
+            f"it has dense MLPs where the model has sparse experts ({', '.join(made)} stream); make a start checkpoint "
+            "of it with tools/upcycle_checkpoint.py and train from that with checkpoint.init_from in another "
+            "checkpoint.run_dir"
+        )
+    if lost := sorted(here - there):
+        return (
+            f"it has sparse experts where the model has dense MLPs ({', '.join(lost)} stream); set "
+            f"{' and '.join(f'model.{stream}_num_experts' for stream in lost)} as in the run that wrote it, for "
+            "experts cannot become one MLP again"
+        )
+    return None
 
 
 def dense_twin(name: str) -> str | None:

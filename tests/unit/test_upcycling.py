@@ -1,5 +1,7 @@
 """Sparse experts by released names, from sparse weights, from scratch and as copies of dense ones."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import export_shard, import_shard, rule_for
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
-from megabagel.checkpoint.upcycling import Upcycled, dense_twin
+from megabagel.checkpoint.upcycling import Upcycled, check_experts, dense_twin, density_fault, experts_in
 from megabagel.config.schema import ModelConfig
 
 MODEL = ModelConfig(
@@ -135,3 +137,24 @@ def test_without_a_language_model_experts_differ_from_each_other(tmp_path):
     first, second = (read(source, f"{GEN}experts.{e}.up_proj.weight", (12, 8)) for e in (0, 1))
     assert not torch.equal(first, second) and not source.has_copied
     assert torch.equal(first, read(source, f"{LAYER}mlp.experts.0.up_proj.weight", (12, 8)))
+
+
+# --------------------------------------------------------------------------------------- dense and sparse do not mix
+def test_weights_with_another_number_of_experts_are_refused_with_the_number(tmp_path):
+    names = {f"{GEN}experts.{e}.up_proj.weight" for e in range(12)} | {f"{LAYER}mlp.up_proj.weight"}
+    assert experts_in(names) == {"gen": 12} and experts_in(dense_tensors(GEN)) == {}
+    with pytest.raises(CheckpointError, match="12 sparse experts in the gen stream, but the configured model has 8"):
+        check_experts(names, MODEL, tmp_path)
+    dense = dataclasses.replace(MODEL, gen_num_experts=None)
+    with pytest.raises(CheckpointError, match=r"has a dense MLP \(model.gen_num_experts null\).* to 12$"):
+        check_experts(names, dense, tmp_path)
+    check_experts(names, dataclasses.replace(MODEL, gen_num_experts=12), tmp_path)
+    check_experts(dense_tensors(GEN), MODEL, tmp_path)
+
+
+def test_a_checkpoint_of_the_other_kind_is_said_to_be_one():
+    dense = {"decoder.layers.und.mlp.linear_fc1.weight", "decoder.layers.gen.mlp.linear_fc1.weight"}
+    sparse = {"decoder.layers.gen.mlp.experts.experts.linear_fc1.weight", "heads.lm_head.weight"}
+    assert "experts (gen stream); make a start checkpoint of it with tools/upcycle_ch" in density_fault(dense, sparse)
+    assert "set model.gen_num_experts as in the run that wrote it" in density_fault(sparse, dense)
+    assert density_fault(dense, dense) is None and density_fault(sparse, sparse) is None
