@@ -1,4 +1,4 @@
-"""Checks megabagel against a golden case: forward values, losses, gradients and five training steps.
+"""Checks megabagel against a golden case: forward values, losses, gradients, five training steps and inference.
 
     python tools/check_parity.py tests/golden/public-basic --tensor-model-parallel-size 2 --sequence-parallel
 

@@ -19,13 +19,17 @@ class FlowTokens(NamedTuple):
 
     times: Tensor  # [n] float32
     noised: Tensor  # [n, d] parameter dtype, the point on the path at that time
-    target: Tensor  # [n, d] float32, what the model predicts: noise - x0
+    target: Tensor | None = None  # [n, d] float32, what the model should predict: noise - x0; None: nothing is trained
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1] with more weight on noise where `shift` > 1: s*t / (1 + (s-1)*t)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def flow_times(raw: Tensor, shift: float) -> Tensor:
-    """Raw N(0,1) draws [n] (-inf: clean) -> times in [0, 1), float32: sigmoid, then s*t / (1 + (s-1)*t)."""
-    t = torch.sigmoid(raw.float())
-    return shift * t / (1 + (shift - 1) * t)
+    """Raw N(0,1) draws [n] (-inf: clean) -> times in [0, 1), float32: sigmoid, then `shift_times`."""
+    return shift_times(torch.sigmoid(raw.float()), shift)
 
 
 def flow_tokens(

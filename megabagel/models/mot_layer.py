@@ -90,7 +90,7 @@ class MoTLayer(MegatronModule, BaseTransformerLayer):
             config.layernorm_epsilon,
         )
         qkv = rows_to_heads(qkv, self.cp_group, routing.order, routing.inverse)
-        context = self.recompute.run("core_attn", routing.attention, *qkv)
+        context = self.recompute.run("core_attn", routing.attention_in(self.layer_number), *qkv)
         rows = heads_to_rows(context, self.cp_group, routing.order, routing.inverse)
         return rows.split(routing.stream_lengths)
 

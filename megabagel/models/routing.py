@@ -43,6 +43,10 @@ class Routing(PackedSeqParams):
         """Rows of both streams in this rank's chunk."""
         return [self.chunk.und_length, self.chunk.gen_length]
 
+    def attention_in(self, layer: int) -> AttentionPlan:
+        """What computes attention in a decoder layer, counted from 1: the same in all, unless they keep keys."""
+        return self.attention
+
 
 def route(
     plan: PackPlan,

@@ -123,7 +123,7 @@ class Stream(MegatronModule):
 
     def project(self, context: Tensor) -> Tensor:
         """Attention result [s, heads, d] of this rank -> [s or s/tp, 1, hidden]."""
-        out, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        out, _ = self.linear_proj(context.flatten(1)[:, None])
         return out
 
     def sharded_state_dict(

@@ -54,6 +54,8 @@ def altered(case: Case) -> list[tuple[str, Case]]:
     for kind in ("grad.", "final.", "ema."):
         names = [k for k in case.expected if k.startswith(kind) and ".k_proj.bias" not in k]
         tensors += names[:: len(names) // 12]
+    inferred = [k for k, v in case.expected.items() if k.startswith("infer.") and v.is_floating_point()]
+    tensors += [k for k in inferred if not k.endswith("noise")]
     changes = []
     for name in tensors:
         expected = dict(case.expected)

@@ -88,7 +88,9 @@ def test_program_passes_on_one_process_and_prints_one_line(case):
     (report,) = [json.loads(line) for line in result.stdout.splitlines()]
     assert report["pass"]
     assert all(g["error"] <= g["tolerance"] and g["checked"] > 0 for g in report["groups"].values())
-    wanted = "vae timesteps vit llm_input layer_out last_hidden_state ce mse losses gradients trajectory final ema"
+    wanted = (
+        "vae timesteps vit llm_input layer_out last_hidden_state ce mse losses gradients trajectory final ema infer"
+    )
     assert set(wanted.split()) == set(report["groups"])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from parity.case import Case
 from parity.compare import Group, Report, assemble, compare, compare_number
+from parity.infer import judge_inference
 from parity.train import Results
 
 FORWARD, GRADIENT, TRAJECTORY, WEIGHTS = 1e-4, 1e-4, 1e-4, 1e-3
@@ -32,6 +33,8 @@ def judge(case: Case, results: Results, report: Report) -> None:
     _gradients(case, results, report)
     _trajectory(case, results, report)
     _weights(case, results, report)
+    if results.inference is not None:
+        judge_inference(case, results.inference, report, FORWARD)
 
 
 def _forward(case: Case, results: Results, report: Report) -> None:

@@ -24,6 +24,7 @@ from megabagel.training.step import Losses, count, forward_backward
 from megabagel.training.wrap import wrap
 from parity.case import Case, latent_pictures
 from parity.gather import Rows, export, gather, gather_gradient_shards, gather_rows, gather_tensors
+from parity.infer import InferValues, is_for_inference, run_inference
 from parity.measure import Recorder, forward_values, own_vit_tokens
 from parity.plans import Share, make_shares
 
@@ -50,6 +51,7 @@ class Results:
     initial: dict[str, list[Tensor]]
     final: dict[str, list[Tensor]]
     ema: dict[str, list[Tensor]]
+    inference: InferValues | None  # None on a layout that is not for inference
 
 
 class Runner:
@@ -61,6 +63,7 @@ class Runner:
         source = open_source(config)
         load_weights(self.stages, source)
         source.close()
+        self.inference = run_inference(case, self.stages[0]) if is_for_inference(config.parallel) else None
         self.chunks = wrap(self.stages, config.parallel)
         tile = TILE * layout.tp_size * layout.cp_size
         self.shares = make_shares(case, layout.dp_rank, layout.dp_size, layout.pp_size, tile)
@@ -100,7 +103,7 @@ class Runner:
         if reports is None:
             return None
         losses, steps = reports[-1]
-        return Results(rows, losses, gradients, steps, initial, final, averaged)
+        return Results(rows, losses, gradients, steps, initial, final, averaged, self.inference)
 
     def _weights(self) -> dict[str, list[Tensor]] | None:
         return gather_tensors(export(self.stages, [dict(stage.named_parameters()) for stage in self.stages]))

@@ -1,0 +1,68 @@
+"""Text out of contexts, one token after the other, many contexts at once.
+
+A draw depends on the seed and the number of the token alone, so what else is in the batch changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megabagel.inference.context import Context
+from megabagel.inference.network import Network
+from megabagel.runtime import rng
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How tokens are chosen."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0  # 0: always the most likely token
+    top_p: float = 1.0  # only the most likely tokens that together reach this probability
+
+
+def choose(logits: Tensor, settings: TextSettings, seed: int, number: int) -> int:
+    """Id of token `number` from its scores, float [vocabulary]."""
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    probabilities, ids = torch.softmax(logits.double() / settings.temperature, dim=-1).sort(descending=True)
+    reached = probabilities.cumsum(0)
+    kept = int((reached < settings.top_p).sum()) + 1  # nucleus sampling, Holtzman et al. 2020
+    reached = reached[:kept]
+    draw = float(rng.uniform(seed, "token", (number,))) * float(reached[-1])
+    return int(ids[min(int((reached <= draw).sum()), len(reached) - 1)])
+
+
+def decode(
+    network: Network,
+    contexts: Sequence[Context],
+    settings: TextSettings,
+    seeds: Sequence[int],
+    on_tokens: Callable[[list[int | None]], None] = lambda _: None,
+) -> list[list[int]]:
+    """Texts that continue `contexts`, frame tokens not included; each ends with the end token or `max_tokens`.
+
+    A context has read its text afterwards, framed as every text is. `on_tokens` is told the new token of each context,
+    None for those that have ended.
+    """
+    special = network.geometry.special_tokens
+    texts: list[list[int]] = [[] for _ in contexts]
+    fed = [[special.bos] for _ in contexts]
+    going = list(range(len(contexts)))
+    while going:
+        hidden = network.read_tokens([contexts[n] for n in going], [fed[n] for n in going])
+        scores = network.logits(torch.stack([rows[-1] for rows in hidden]))
+        new: list[int | None] = [None] * len(contexts)
+        for n, logits in zip(going, scores, strict=True):
+            token = choose(logits, settings, seeds[n], len(texts[n]))
+            fed[n] = [token]
+            if token != special.eos:
+                new[n] = token
+                texts[n].append(token)
+        on_tokens(new)
+        going = [n for n in going if new[n] is not None and len(texts[n]) < settings.max_tokens]
+    ends = [tokens if tokens == [special.eos] else [*tokens, special.eos] for tokens in fed]
+    network.read_tokens(contexts, ends)
+    return texts
