@@ -1,39 +1,33 @@
-"""Saves and loads the whole state of a run with megatron-core's torch_dist format, from and into any parallel layout.
+"""Saves and loads the whole state of a run, from and into any parallel layout.
 
-Which folders there are and which is the newest is `folder`'s business; weights for other programs are `hf`'s.
+A checkpoint is in megatron-core's torch_dist format; every rank writes and reads its own pieces of it. Which folders
+there are and which is the newest is `folder`'s business; weights for other programs are `hf`'s.
 """
 
-import contextlib
 import logging
-import queue
-import random
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megabagel.checkpoint import ema as ema_state
-from megabagel.checkpoint import folder
+from megabagel.checkpoint import folder, generators
 from megabagel.checkpoint import optimizer as optimizer_state
-from megabagel.checkpoint.errors import CheckpointError
+from megabagel.checkpoint.errors import CheckpointError, UnreadableError
+from megabagel.checkpoint.held import Held
+from megabagel.checkpoint.saver import Job, Saver
+from megabagel.checkpoint.torch_dist import TorchDist
+from megabagel.checkpoint.torch_dist_writer import COMMON
 from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -57,43 +51,28 @@ def save(
     data_state: object,
     counters: dict[str, int],
     config_yaml: str,
+    metrics: Mapping[str, float] | None = None,
+    saver: Saver | None = None,
 ) -> Path:
-    """Write the state after `step` updates; all ranks call it, and it is on disk and the newest when they return.
+    """Write the state after `step` updates; all ranks call it. Returns the folder that the checkpoint gets.
 
-    `data_state` is equal on all ranks.
+    It is on disk and the newest when they return, unless `saver` works in the background. `data_state` is equal on all
+    ranks. `metrics`: what is known of the model's quality, by name. Raises CheckpointError on all ranks when the
+    checkpoint cannot be written.
     """
-    is_writer = dist.get_rank() == 0
-    target = folder.partial_folder(run_dir, step)
-    if is_writer:
-        folder.begin(run_dir, step)
-    dist.barrier()
-    with whole_parameters(model_chunks):
-        model_state = _model_state(model_chunks)
-        state = {
-            "model": model_state,
-            "optimizer": optimizer_state.for_saving(optimizer, model_state),
-            "rng": _rng_entry(_rng_state()),
-            "run": {
-                "step": step,
-                "counters": counters,
-                "optimizer_steps": optimizer_state.steps_done(optimizer),
-                "data_state": data_state,
-                "config_yaml": config_yaml,
-                "layout": _layout(),
-                "has_ema": ema is not None,
-            },
-        }
-        if ema is not None:
-            state["ema"] = ema_state.for_saving(ema, model_state)
-        force_all_tensors_to_non_fp8(model_state)  # a checkpoint is the same whatever the precision of the run
-        # By default a process is started for this queue, which imports the whole program again and survives a kill;
-        # results of a save that is waited for can stay in this process.
-        filesystem_async._results_queue = queue.Queue()
-        with _no_future_warnings():
-            dist_checkpointing.save(state, str(target))
-    if is_writer:
-        folder.finish(run_dir, step, folder.records(target))
-    dist.barrier()
+    held = Held(model_chunks, optimizer, ema)
+    run = {
+        "step": step,
+        "counters": counters,
+        "optimizer_steps": optimizer_state.steps_done(optimizer),
+        "data_state": data_state,
+        "config_yaml": config_yaml,
+        "layout": _layout(),
+        "has_ema": ema is not None,
+    }
+    objects = {_generators_key(): generators.state(), **held.objects_to_write()}
+    common = {"run": run} if dist.get_rank() == 0 else {}
+    (saver or Saver(background=False)).save(Job(run_dir, step, held.to_write(), objects, common, metrics))
     return folder.step_folder(run_dir, step)
 
 
@@ -133,88 +112,71 @@ def _attempt(
     ema: ema_state.Average | None,
 ) -> tuple[str | None, RunState | None]:
     """Load one checkpoint: (None, its state), or what is wrong with it on some rank. All ranks return alike."""
-    try:
-        fault, state = None, _load(source, model_chunks, optimizer, ema)
-    except CheckpointError:  # raised by all ranks alike
-        raise
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
-        logger.debug("Loading %s failed.", source, exc_info=True)
-        fault, state = f"cannot be read ({_reason(error)})", None
-    faults = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    return next((f for f in faults if f is not None), None), state
-
-
-def _reason(error: BaseException) -> str:
-    """Type and first sentence of an error; of its cause on the first failing rank where torch gathered several."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
-
-
-def _load(
-    source: Path,
-    model_chunks: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    ema: ema_state.Average | None,
-) -> RunState:
-    run = _from_rank_0(lambda: dist_checkpointing.load_common_state_dict(str(source))["run"])
+    fault, opened = _agree(lambda: (TorchDist(source), _run_of(source)))
+    if fault is not None:
+        return fault, None
+    tensors, run = opened
     if "data_state" not in run:
         raise CheckpointError(
             f"checkpoint {source} was written before replicas shared one order of the data, so its place in the data "
             "is unknown; start a new run from its weights: --checkpoint.init_from with another checkpoint.run_dir"
         )
+    loads_ema = ema is not None and run["has_ema"]
+    held = Held(model_chunks, optimizer, ema if loads_ema else None)
+    _check(held.shapes(), tensors)
+    fault, saved_generators = _agree(lambda: _read(held, tensors, run))
+    if fault is not None:
+        return fault, None
+    optimizer_state.set_steps_done(optimizer, run["optimizer_steps"])
     with whole_parameters(model_chunks):
-        model_state = _model_state(model_chunks)
-        request = {"model": model_state, "optimizer": optimizer_state.for_loading(optimizer, model_state)}
-        loads_ema = ema is not None and run["has_ema"]
-        if loads_ema:
-            request["ema"] = ema_state.for_loading(ema, model_state)
-        if run["layout"] == _layout():
-            request["rng"] = _rng_entry(None)
-        _check(request, source)
-        with _no_future_warnings():
-            loaded = dist_checkpointing.load(request, str(source), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-        for index, chunk in enumerate(model_chunks):
-            chunk.module.load_state_dict(loaded["model"][f"model{index}"])
-        optimizer_state.put(optimizer, loaded["optimizer"], run["optimizer_steps"])
-        # parameters saved in bfloat16 are coarser than the main parameters that a float32 run goes on with
         publish_main_parameters(optimizer)
-        if loads_ema:
-            ema_state.put(ema, loaded["ema"])
-        elif ema is not None:
-            ema.reset()
-            _say("the checkpoint %s has no moving average: it starts again from the loaded weights", source)
-    if "rng" in loaded:
-        _set_rng_state(loaded["rng"])
+    if ema is not None and not loads_ema:
+        ema.reset()
+        _say("the checkpoint %s has no moving average: it starts again from the loaded weights", source)
+    if saved_generators is not None:
+        generators.restore(saved_generators)
     else:
         _say("the parallel layout has changed since %s: random generators start again from the seed", source)
-    return RunState(
-        step=run["step"],
-        counters=run["counters"],
-        data_state=run["data_state"],
-        config_yaml=run["config_yaml"],
-        folder=source,
-    )
+    return None, RunState(run["step"], run["counters"], run["data_state"], run["config_yaml"], source)
 
 
-def _model_state(model_chunks: Sequence[DistributedDataParallel]) -> ShardedStateDict:
-    return {
-        f"model{i}": chunk.module.sharded_state_dict(metadata=dict(optimizer_state.METADATA))
-        for i, chunk in enumerate(model_chunks)
-    }
+def _run_of(source: Path) -> dict:
+    try:
+        return torch.load(source / COMMON, map_location="cpu", weights_only=False)["run"]
+    except Exception as error:  # a damaged file may raise anything
+        raise UnreadableError(f"{COMMON} cannot be read ({_first_line(error)})") from None
 
 
-def _check(request: ShardedStateDict, source: Path) -> None:
+def _read(held: Held, tensors: TorchDist, run: dict) -> dict | None:
+    """Fill this rank's state; returns that of the random generators, None when it belongs to another layout."""
+    with torch.no_grad():
+        held.read(tensors)
+    return tensors.read_object(_generators_key()) if tuple(run["layout"]) == _layout() else None
+
+
+def _agree(action: Callable[[], _T]) -> tuple[str | None, _T | None]:
+    """Do something that may find a file damaged: (None, its result), or on all ranks what the first such rank found."""
+    fault = result = None
+    try:
+        result = action()
+    except UnreadableError as error:
+        logger.debug("Reading failed.", exc_info=True)
+        fault = f"cannot be read ({error})"
+    faults = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((f for f in faults if f is not None), None), result
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
+
+
+def _check(mine: dict[str, tuple[int, ...]], tensors: TorchDist) -> None:
     """Raise CheckpointError on all ranks when a wanted tensor is missing or has another shape, or one is left over."""
-    wanted = load_preprocess(request)[0]
-    mine = {t.key: tuple(t.global_shape) for t in nested_values(wanted) if isinstance(t, ShardedTensor)}
     of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
     expected = {key: shape for rank in of_ranks for key, shape in rank.items()}
-    found = _from_rank_0(
-        lambda: {t.key: tuple(t.global_shape) for t in dist_checkpointing.load_tensors_metadata(str(source)).values()}
-    )
+    found = tensors.shapes
     faults = [f"{key} is missing (expected {shape})" for key, shape in expected.items() if key not in found]
     faults += [
         f"{key} has shape {found[key]} (expected {shape})"
@@ -230,8 +192,8 @@ def _check(request: ShardedStateDict, source: Path) -> None:
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise CheckpointError(
-            f"checkpoint {source} does not fit this model: {'; '.join(sorted(faults)[:5])}{more}; use the model and "
-            "freezing settings that it was saved with, or start in another checkpoint.run_dir"
+            f"checkpoint {tensors.source} does not fit this model: {'; '.join(sorted(faults)[:5])}{more}; use the "
+            "model and freezing settings that it was saved with, or start in another checkpoint.run_dir"
         )
 
 
@@ -246,38 +208,11 @@ def _layout() -> tuple[int, ...]:
     )
 
 
-def _rng_entry(state: dict | None) -> ShardedObject:
-    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
+def _generators_key() -> str:
+    return f"rng/shard_{dist.get_rank()}_{dist.get_world_size()}"
 
 
-def _rng_state() -> dict:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_rng_state(state: dict) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
-
-
-@contextlib.contextmanager
-def _no_future_warnings() -> Iterator[None]:
-    """megatron-core uses names that torch is going to drop; a user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def _from_rank_0(look: object) -> object:
+def _from_rank_0(look: Callable[[], _T]) -> _T:
     """The result of `look` on rank 0, or its exception, on all ranks: file systems may show ranks different things."""
     outcome = [None]
     if dist.get_rank() == 0:

@@ -1,22 +1,15 @@
-"""Size and checksum of a checkpoint's files, taken while they are written. Who compares them is `folder`'s matter."""
+"""Takes size and checksum of a checkpoint's file while it is written. Who compares them is `folder`'s matter."""
 
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from megabagel.checkpoint.folder import FileRecord
+
 _BLOCK = 2**20
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """`size` in bytes and zlib's CRC-32 of a file's whole content."""
-
-    size: int
-    crc32: int
 
 
 class RecordedFile:
@@ -25,9 +18,14 @@ class RecordedFile:
     def __init__(self, raw: BinaryIO):
         self._raw = raw
         self.record = FileRecord(0, 0)
+        self.error: OSError | None = None  # the first one: torch.save raises another error in its place
 
     def write(self, data: bytes | memoryview) -> int:
-        self._raw.write(data)
+        try:
+            self._raw.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         size = memoryview(data).nbytes
         self.record = FileRecord(self.record.size + size, zlib.crc32(data, self.record.crc32))
         return size
@@ -41,9 +39,15 @@ class RecordedFile:
 
 @contextmanager
 def recorded(path: Path) -> Iterator[RecordedFile]:
-    """A new file at `path`, on disk (fsync) when the block ends without an error."""
+    """A new file at `path`, on disk (fsync) when the block ends. Raises OSError, torch.save's too."""
     with open(path, "wb", buffering=_BLOCK) as raw:
-        yield RecordedFile(raw)
+        file = RecordedFile(raw)
+        try:
+            yield file
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
         raw.flush()
         os.fsync(raw.fileno())
 

@@ -1,19 +1,29 @@
-"""The distributed optimizer in a checkpoint: whole tensors under the names of their parameters, and the step count.
+"""The distributed optimizer in a checkpoint: what this rank holds of each parameter's state, and the step count.
 
 A rank may have one optimizer or several (experts have their own): a checkpoint does not tell, so any layout loads it.
 Rates, betas, eps and decay belong to the configuration and are not saved.
 """
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
-# Whole optimizer tensors, which any layout can load, made on the first data-parallel rank.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
+PREFIX = "optimizer.state."
+MAIN, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
+STATES = (MAIN, *MOMENTS)  # `optimizer.state.<one of these>.<key of the parameter>`
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The elements from `start` on of the flattened `parameter` that this rank keeps the state of; all are 1-D."""
+
+    parameter: Tensor
+    start: int
+    states: dict[str, Tensor]  # by STATES
 
 
 def steps_done(optimizer: MegatronOptimizer) -> int:
@@ -21,32 +31,32 @@ def steps_done(optimizer: MegatronOptimizer) -> int:
     return max((int(group["step"]) for group in optimizer.param_groups if "step" in group), default=0)
 
 
-def for_saving(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> dict[int, ShardedStateDict]:
-    """Main parameters and moments of each of this rank's optimizers; ranks that write none of them say nothing."""
-    states = {
-        number: part.sharded_state_dict(model_state, metadata=METADATA)["param_state"]
-        for number, part in enumerate(_parts(optimizer))
-    }
-    return {number: state for number, state in states.items() if state is not None}
-
-
-def for_loading(optimizer: MegatronOptimizer, model_state: ShardedStateDict) -> dict[int, ShardedStateDict]:
-    """Requests for the main parameters and moments of this rank's parameters."""
-    return {
-        number: part.sharded_state_dict(model_state, is_loading=True, metadata=METADATA)["param_state"]
-        for number, part in enumerate(_parts(optimizer))
-    }
-
-
-def put(optimizer: MegatronOptimizer, loaded: dict[int, dict], steps: int) -> None:
-    """Take this rank's shards out of what was loaded for `for_loading`'s requests; `steps`: see `steps_done`."""
-    for number, part in enumerate(_parts(optimizer)):
-        state = part.state_dict()
-        for group in state["optimizer"]["param_groups"]:
+def set_steps_done(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Go on counting from `steps`."""
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
             group["step"] = steps
-        sharding = METADATA["distrib_optim_sharding_type"]
-        part.load_state_dict({**state, "param_state": loaded[number], "param_state_sharding_type": sharding})
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers that this rank's parameters have: one, or another one for experts."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+
+
+def trainable(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Parameters whose state this rank or its data-parallel siblings hold."""
+    return [p for part in parts(optimizer) for buffer in part.buffers for p in buffer.param_index_map]
+
+
+def shards(optimizer: MegatronOptimizer) -> Iterator[Shard]:
+    """Views of all that this rank holds; moments that no step has made yet are made, as zeros."""
+    for part in parts(optimizer):
+        for parameter, (group, order) in part.model_param_group_index_map.items():
+            main = part.optimizer.param_groups[group]["params"][order]
+            state = part.optimizer.state[main]
+            for name in MOMENTS:
+                if name not in state:
+                    state[name] = torch.zeros_like(main, dtype=torch.float32)
+            start = part._get_model_param_range_map(parameter)["param"].start
+            moments = {name: state[name].detach().view(-1) for name in MOMENTS}
+            yield Shard(parameter, start, {MAIN: main.detach().view(-1), **moments})

@@ -4,7 +4,6 @@ A tensor is put together from the pieces that the ranks of the saving run wrote.
 `distributed.py`; what the tensors are called in a BAGEL folder is `released.py`'s matter.
 """
 
-import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,7 +49,7 @@ class TorchDist:
         self._chunks: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # of a key: begins and ends [chunks, dimensions]
         try:
             self._metadata = FileSystemReader(str(source)).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+        except Exception as error:  # a damaged file may raise anything
             raise UnreadableError(f"checkpoint {source}: .metadata cannot be read ({error}); copy it again") from None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -65,6 +64,9 @@ class TorchDist:
         part = out.view([1] * len(index) + list(rest))
         self.read_into([Piece(key, whole, (*index, *[0] * len(rest)), part)])
         return out
+
+    def has_object(self, key: str) -> bool:
+        return MetadataIndex(key) in self._metadata.storage_data
 
     def read_object(self, key: str) -> object:
         """An object that is no tensor, by its key (`rng/shard_0_2`). It is unpickled: trust the folder. KeyError."""
@@ -113,7 +115,7 @@ class TorchDist:
             with open(self.source / entry.relative_path, "rb") as file:
                 view = _create_file_view(file, entry.offset, entry.length)
                 return torch.load(view, map_location="cpu", weights_only=weights_only)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged file may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnreadableError(f"checkpoint {self.source}: {key} cannot be read ({reason}); copy it again") from None
 
