@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 PREFIX = "optimizer.state."
-MAIN, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
+MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 STATES = (MAIN, *MOMENTS)  # `optimizer.state.<one of these>.<key of the parameter>`
 
 

@@ -174,6 +174,7 @@ class CheckpointConfig:
     init_vae: str | None = None  # autoencoder file or folder (FLUX ae.safetensors)
     run_dir: str = "runs/default"  # checkpoints, metrics.jsonl, tensorboard and the resolved config go here
     save_interval: int = 2000  # steps; a checkpoint is also written after the last step; 0: never
+    async_save: bool = True  # train on while a checkpoint is written, from a copy in host memory; false: wait for it
     verify: bool = True  # compare checksums at loading: every rank reads its share of the files once more
     keep_last: int | None = None  # newest checkpoints that stay; this and the next two null: all stay
     keep_every: int | None = None  # those of steps that are multiples of this stay too

@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megabagel.checkpoint import distributed as checkpoint
+from megabagel.checkpoint.saver import Saver
 from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config
 from megabagel.data.broadcast import ReplicaReader
@@ -45,6 +46,9 @@ class Trainer:
     step: int = 0
     samples: int = 0
 
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.config.checkpoint.async_save)
+
     def run(self) -> None:
         """Train up to `training.train_steps`, or to the end of the data, then write the last checkpoint."""
         config = self.config
@@ -61,13 +65,17 @@ class Trainer:
                 except EndOfData as end:
                     self._say(f"the data end after step {self.step}: {end}")
                     if config.checkpoint.save_interval and saved < self.step:
-                        self.save()
+                        self.start_save()
                     break
-                if writer:
-                    writer.write(self.step, values)
+                self.saver.check()
                 if self._save_is_due():
-                    self.save()
+                    self.start_save()
                     saved = self.step
+                if self.step == config.training.train_steps:
+                    self.saver.wait()
+                if writer:
+                    writer.write(self.step, values | self.saver.take_times())
+            self.saver.wait()
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
         finally:
             if writer:
@@ -141,7 +149,12 @@ class Trainer:
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.training.train_steps)
 
     def save(self) -> None:
-        """Write the whole state of the run; every rank must call it."""
+        """Write the whole state of the run; it is on disk when this returns. Every rank must call it."""
+        self.start_save()
+        self.saver.wait()
+
+    def start_save(self) -> None:
+        """As `save`, but with `checkpoint.async_save` only the copying is waited for, see `Saver`."""
         checkpoint.save(
             self.config.checkpoint.run_dir,
             self.step,
@@ -151,6 +164,7 @@ class Trainer:
             data_state=self.reader.state_dict(),
             counters={"samples": self.samples},
             config_yaml=to_yaml(self.config),
+            saver=self.saver,
         )
 
     def resume(self) -> bool:

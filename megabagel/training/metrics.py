@@ -16,6 +16,7 @@ from megabagel.training.console import Console
 from megabagel.training.flops import peak_tflops
 from megabagel.training.tensorboard import TensorBoard
 
+_SAVES = {"save_time", "save_blocked_time"}  # measured at single steps, which may be others than those that are shown
 METRICS_FILE, CONFIG_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "config.yaml", "tensorboard"
 
 
@@ -49,10 +50,11 @@ class MetricsWriter:
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
         self._console.advance(step)
-        if step % self._interval == 0:
+        is_shown = step % self._interval == 0
+        if is_shown:
             self._console.show(step, record)
-            if self._tensorboard:
-                self._tensorboard.write(step, record)
+        if self._tensorboard and (is_shown or _SAVES & values.keys()):
+            self._tensorboard.write(step, record)
 
     def close(self) -> None:
         """Flush everything; safe to call twice."""

@@ -23,6 +23,8 @@ _MEGATRON = {  # tag -> name in the record; loss keys are tags of both
     "mse": "mse",
     "load_balancing_loss": "moe_aux_loss",
     "z_loss": "moe_z_loss",
+    "save-checkpoint-time": "save_time",
+    "save-checkpoint-blocked-time": "save_blocked_time",
 }
 _BAGEL = {
     "lr": "lr",

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from megabagel.checkpoint import distributed as checkpoint
 from megabagel.checkpoint import folder
+from megabagel.checkpoint.saver import Saver
+from megabagel.checkpoint.torch_dist_writer import PieceWriter, Written
 from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from megabagel.runtime import failure
 from megabagel.runtime.distributed import Layout, destroy, initialize
@@ -141,11 +145,11 @@ class Run:
             self.step += 1
             self.records.append((float(total) / self.layout.tp_size, float(norm)))
 
-    def save(self, run_dir: Path) -> None:
+    def save(self, run_dir: Path, saver: Saver | None = None) -> None:
         state = {"counts": [self.step]}
         checkpoint.save(
             run_dir, self.step, self.chunks, self.optimizer, self.ema, data_state=state,
-            counters={"samples": self.step * PACKS}, config_yaml="model: small",
+            counters={"samples": self.step * PACKS}, config_yaml="model: small", saver=saver,
         )  # fmt: skip
 
     def load(self, run_dir: Path) -> checkpoint.RunState | None:
@@ -174,7 +178,8 @@ def main(mode: str, output: Path, run_dir: Path, tp: int, pp: int, dtype: str) -
 
 
 def resume(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> dict:
-    """Train 4 steps, saving after 2; a new run continues from there: all tensors and losses equal to the bit."""
+    """Train 4 steps; what 2 made is saved while the others go on. A new run continues from there without saving: all
+    tensors and losses equal to the bit."""
     first = Run(layout, parallel, dtype)
     frozen = [p.clone() for p in first.chunks[0].parameters() if not p.requires_grad]
     start = [s.clone() for s in first.ema.shards]
@@ -186,8 +191,14 @@ def resume(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) 
     for mine, plain in zip(first.ema.shards, expected, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(a, b) for a, b in zip(start, first.ema.shards, strict=True)) or not start
-    first.save(run_dir)
+    saver, may_write = Saver(background=True), threading.Event()
+    write = PieceWriter.write
+    PieceWriter.write = lambda *arguments: may_write.wait() and write(*arguments)
+    first.save(run_dir, saver)
     first.train(2)
+    assert folder.steps_to_try(run_dir) == []
+    may_write.set()
+    saver.wait()
     second = Run(layout, parallel, dtype)
     torch.rand(3)  # disturbs the generators
     state = second.load(run_dir)
@@ -226,6 +237,35 @@ def continue_from(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype
     run.chunks[0].eval()  # dropout draws differ between layouts
     run.train(2)
     return {"records": run.records, "data_state": state.data_state, "copy": str(copy)}
+
+
+def stuck(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
+    """Fails while a save hangs, as on a dead disk."""
+    run = Run(layout, parallel, dtype)
+    PieceWriter.write = lambda *_: threading.Event().wait()
+    run.save(run_dir, Saver(background=True))
+    run.train(1)
+    raise ValueError("something else")
+
+
+def disk_full(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
+    """The last rank's disk is full in the second save, which goes on in the background."""
+    run, saver, write = Run(layout, parallel, dtype), Saver(background=True), PieceWriter.write
+
+    def write_to_full_disk(writer: PieceWriter, *arguments: object) -> Written:
+        (writer.folder / f"__{writer.rank}_{writer.number}.distcp").symlink_to("/dev/full")
+        return write(writer, *arguments)
+
+    run.train(1)
+    run.save(run_dir, saver)
+    saver.wait()
+    if layout.rank == layout.world_size - 1:
+        PieceWriter.write = write_to_full_disk
+    run.train(1)
+    run.save(run_dir, saver)
+    for _ in range(1000):
+        time.sleep(0.01)
+        saver.check()
 
 
 def killed(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
@@ -277,6 +317,6 @@ def survive(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str)
 
 
 if __name__ == "__main__":
-    with failure.guard():
+    with failure.guard(ValueError):
         mode_, output_, run_dir_, tp_, pp_, *rest = sys.argv[1:]
         main(mode_, Path(output_), Path(run_dir_), int(tp_), int(pp_), rest[0] if rest else "fp32")

@@ -26,8 +26,10 @@ def train_and_save(options: dict[str, Any], run_dir: str) -> Continued:
     trainer = make_trainer({**options, "checkpoint.run_dir": run_dir, "optimizer.ema_decay": 0.9})
     for _ in range(SAVED_AFTER):
         trainer.train_step()
-    trainer.save()
-    return _finish(trainer)
+    trainer.start_save()  # the checkpoint is written while training goes on
+    continued = _finish(trainer)
+    trainer.saver.wait()
+    return continued
 
 
 def resume(options: dict[str, Any], run_dir: str) -> Continued:
