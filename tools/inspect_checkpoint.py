@@ -3,7 +3,8 @@
     python tools/inspect_checkpoint.py runs/mine                        # in seconds, nothing is loaded
     python tools/inspect_checkpoint.py runs/mine --tensors lm_head      # names, shapes, dtypes of what matches
     python tools/inspect_checkpoint.py runs/mine --compare BAGEL-7B-MoT --weights ema
-    python tools/inspect_checkpoint.py runs/mine/iter_0000100 --verify  # reads every tensor once
+    python tools/inspect_checkpoint.py runs/mine --config               # the settings that it was written with
+    python tools/inspect_checkpoint.py runs/mine/iter_0000100 --verify  # checksums; reads every tensor once
 
 A run folder stands for its newest whole checkpoint. Comparing goes tensor by tensor; a checkpoint and a BAGEL folder
 are compared under the released names (--weights), without the fixed position tables, which are computed. Exit code 1:
@@ -11,17 +12,18 @@ not equal, or damaged.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections import defaultdict
-from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from megabagel.checkpoint.contents import Contents, difference, open_contents
+from megabagel.checkpoint import folder
+from megabagel.checkpoint.contents import Contents, Difference, checkpoint_at, difference, open_contents
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.folder import LATENT_TABLE, VIT_TABLE
 
@@ -35,11 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=("ema", "model"), help="a checkpoint under the released names")
     parser.add_argument("--tensors", nargs="?", const="", metavar="PATTERN", help="list tensors whose name matches")
     parser.add_argument("--compare", metavar="OTHER", help="compare tensor by tensor")
-    parser.add_argument("--verify", action="store_true", help="read every tensor; say which hold NaN or infinity")
+    parser.add_argument(
+        "--verify", action="store_true", help="checksums of all files; every tensor can be read and is finite"
+    )
+    parser.add_argument("--config", action="store_true", help="print the configuration as YAML")
     arguments = parser.parse_args(argv)
     try:
+        good = not arguments.verify or verify_files(arguments.path)
+        if not good:
+            return 1
         ours = open_contents(arguments.path, arguments.weights)
         show(ours)
+        if arguments.config:
+            print(ours.settings or "no configuration is there")
         if arguments.tensors is not None:
             list_tensors(ours, re.compile(arguments.tensors))
         good = not arguments.verify or verify(ours)
@@ -62,7 +72,7 @@ def show(contents: Contents) -> None:
     for name, shape in contents.shapes.items():
         family = next(family for prefix, family in FAMILIES if name.startswith(prefix))
         total = families[family, str(contents.dtypes[name]).removeprefix("torch.")]
-        values = prod(shape)
+        values = math.prod(shape)
         total[0] += 1
         total[1] += values
         total[2] += values * contents.dtypes[name].itemsize
@@ -74,6 +84,19 @@ def list_tensors(contents: Contents, pattern: re.Pattern) -> None:
     for name, shape in contents.shapes.items():
         if pattern.search(name):
             print(f"{name}  {list(shape)}  {str(contents.dtypes[name]).removeprefix('torch.')}")
+
+
+def verify_files(path: str) -> bool:
+    """Whether all files of a checkpoint have their checksums; nothing else has any."""
+    found = checkpoint_at(path)
+    if found is None:
+        return True
+    if fault := folder.verify(found):
+        print(f"checkpoint {found} {fault}; copy it again or take another one")
+        return False
+    records = folder.manifest(found).values()
+    print(f"{sum(r.crc32 is not None for r in records):,} of {len(records):,} files have their checksums")
+    return True
 
 
 def verify(contents: Contents) -> bool:
@@ -108,12 +131,20 @@ def compare(ours: Contents, theirs: Contents) -> bool:
         differences.append(difference(name, ours.read(name), theirs.read(name)))
     unlike = [found for found in differences if found.bit_equal < found.values]
     types = sum(ours.dtypes[name] != theirs.dtypes[name] for name in both)
+    values, equal = sum(found.values for found in differences), sum(found.bit_equal for found in differences)
     print(f"{len(differences) - len(unlike):,} of {len(both):,} tensors are equal in every value", end="")
     print(f", {types:,} differ in dtype" if types else "")
+    print(f"{equal:,} of {values:,} values are equal; the largest difference is {_largest(unlike):.3g}")
     for found in sorted(unlike, key=lambda found: -found.largest)[:10]:
         share = f"{found.bit_equal / found.values:.1%} of the values equal"
         print(f"{found.name}: largest difference {found.largest:.3g}, {share}")
     return good and not unlike and not types
+
+
+def _largest(unlike: list[Difference]) -> float:
+    """NaN where one of two values is."""
+    found = [difference.largest for difference in unlike]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 if __name__ == "__main__":
