@@ -1,8 +1,8 @@
 """Measures what a parallel layout costs: bytes kept per rank and bytes sent per step, beside the formulas for both.
 
 It starts its own processes on this machine, trains two steps of a small model in each layout through the trainer's own
-code, prints Markdown tables and, as the last line, JSON. With --estimate it trains nothing and applies the formulas to
-a preset on any number of processes. Times are not its matter: a CPU says nothing about those.
+code, prints Markdown tables and, as the last line, JSON. Times are not its matter: a CPU says nothing about those. The
+same formulas for any model and cluster: tools/plan_parallelism.py.
 """
 
 import argparse
@@ -24,7 +24,6 @@ RESULT = "MEGABAGEL_LAYOUTS_RESULT"  # file that rank 0 writes to; set in the pr
 EXAMPLE = """examples:
   python tools/measure_layouts.py                                        # the default table, 8 processes
   python tools/measure_layouts.py --layout tp=2,sp --layout ep=2 --processes 4
-  python tools/measure_layouts.py --estimate bagel_7b_mot --processes 64 --layout tp=4,sp,pp=2,recompute=full
 
 a layout: dp (data parallel only), tp=N, sp, pp=N, vp=N, first=N, last=N, cp=N, ep=N, und_ranks=N, overlap,
 experts=N (sparse experts per stream), recompute=full|selective, joined by commas
@@ -38,7 +37,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layout", action="append", metavar="L", help="may be repeated; default: a table of layouts")
     parser.add_argument("--processes", type=int, default=8, metavar="N", help="ranks that share the model (default 8)")
     parser.add_argument("--packs", type=int, default=8, metavar="N", help="of a step, over all replicas (default 8)")
-    parser.add_argument("--estimate", metavar="PRESET", help="formulas alone, for a preset or YAML file")
     options = parser.parse_args(argv)
     try:
         options.choices = {text: parse_choice(text) for text in options.layout or DEFAULT}
@@ -74,16 +72,7 @@ def main(argv: list[str]) -> int:
 
         run(list(options.choices), options.packs, Path(os.environ[RESULT]))
         return 0
-    if options.estimate:
-        from layouts.estimate import estimate
-
-        try:
-            print(estimate(options.estimate, options.choices, options.processes, options.packs))
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
-    from layouts.tables import formulas, memory_table, mlp_table, ratios, traffic_table
+    from layouts.tables import formulas, memory_table, mlp_table, peak_table, ratios, traffic_table
     from layouts.workload import small_config
 
     choices = with_baselines(options.choices)
@@ -96,10 +85,12 @@ def main(argv: list[str]) -> int:
     reports = measure(list(choices), options.processes, options.packs)
     if reports is None:
         return 1
-    expected_memory, expected_traffic = formulas(choices, options.processes, options.packs)
+    expected_memory, expected_peaks, expected_traffic = formulas(choices, options.processes, options.packs)
     experts = [name for name, choice in choices.items() if choice.parallel.get("expert_model_parallel_size")]
     print(f"MB per rank, {options.processes} ranks: fullest rank (emptiest rank)\n")
     print(memory_table(reports, expected_memory))
+    print("\nMB at the peak of forward and backward, the fullest rank\n")
+    print(peak_table(reports, expected_peaks))
     print("\nMB sent per step, the rank that sends most of a kind: measured / formula\n")
     print(traffic_table(reports, expected_traffic))
     if experts:

@@ -14,17 +14,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tools")]
 
-from layouts import memory_formula, traffic_formula  # noqa: E402
+from layouts import activation_formula, memory_formula, traffic_formula  # noqa: E402
+from layouts.allocator import AllocatorPeak  # noqa: E402
 from layouts.choice import DEFAULT, check_layout, parse_choice  # noqa: E402
-from layouts.estimate import estimate  # noqa: E402
 from layouts.memory import ActivationMeter  # noqa: E402
 from layouts.program import measure  # noqa: E402
 from layouts.tables import STATE, ratios  # noqa: E402
 from layouts.traffic import Traffic  # noqa: E402
 from layouts.traffic_formula import Load  # noqa: E402
-from layouts.workload import make_packs, small_config  # noqa: E402
+from layouts.workload import LOAD, make_packs, small_config  # noqa: E402
 
-from megabagel.config.errors import ConfigError  # noqa: E402
 from megabagel.config.load import load_config  # noqa: E402
 from megabagel.config.schema import ParallelConfig  # noqa: E402
 from megabagel.runtime import distributed  # noqa: E402
@@ -170,7 +169,44 @@ def test_what_a_process_keeps_is_what_the_formulas_say():
     # at least what the formula counts, and little more: logarithms of sums, row statistics, the ends of the model
     kept = 512 * 8 * memory_formula.activation_bytes_per_row(config.model, 1, False, None)
     assert kept < report.activations < 1.2 * kept
+    [[held]] = activation_formula.held(config, 1, LOAD)
+    assert report.activations < report.peak == pytest.approx(held.total, rel=0.1)
     assert sum(report.sent.values()) == 0
+
+
+def test_the_allocators_peak_leaves_out_what_follows_the_stop_and_what_was_there():
+    before = torch.ones(1 << 20)
+    with AllocatorPeak() as allocator:
+        big = torch.ones(1 << 18)  # 1 MiB
+        small = torch.ones(1 << 16)
+        del big
+        allocator.stop()
+        later = torch.ones(1 << 21)
+    assert allocator.peak == (1 << 20) + (1 << 18)
+    del before, small, later
+
+
+@pytest.mark.parametrize("pp, vp, rank, packs, expected", [
+    (1, 1, 0, 8, 1), (4, 1, 0, 8, 4), (4, 1, 3, 8, 1), (4, 1, 0, 2, 2), (2, 2, 0, 8, 2.5), (2, 2, 1, 8, 1.5),
+])  # fmt: skip
+def test_how_many_packs_wait_for_their_backward_pass(pp, vp, rank, packs, expected):
+    sizes = memory_formula.Sizes(1, pp, vp, 1, 1, 1)
+    assert activation_formula.waiting_chunks(sizes, rank, packs) == expected
+
+
+def test_frozen_parts_keep_weights_but_no_gradients():
+    model = released()
+    whole = memory_formula.memory(model, ParallelConfig(), 1)
+    model.freeze_vit = True
+    tower, _ = memory_formula.vision_parameters(model.vit, model.hidden_size)
+    frozen = memory_formula.memory(model, ParallelConfig(), 1)
+    assert frozen.parameters == whole.parameters
+    assert whole.gradients - frozen.gradients == 4 * tower
+    split = memory_formula.memory_of_ranks(model, ParallelConfig(pipeline_model_parallel_size=2), 2)
+    assert all(holder.parameters > 2 * tower for stage in split for holder in stage)
+    model.freeze_vit, model.freeze_und = False, True
+    gen_only = memory_formula.memory(model, ParallelConfig(), 1)
+    assert 0.45 < gen_only.gradients / whole.gradients < 0.55
 
 
 def report(scale: int, sent: dict[str, int]) -> dict:
@@ -185,16 +221,3 @@ def test_ratios_compare_the_fullest_ranks_and_leave_out_what_data_parallelism_do
     assert ratios(silent, choices) == {"tp=2: state": 0.5, "tp=2: mlp_state": 0.5, "tp=2: activations": 0.5}
     sending = {"dp": [report(10, {"all-gather": 8})] * 2, "tp=2": halves}
     assert ratios(sending, choices)["tp=2: sent"] == 0.5
-
-
-def test_estimate_lists_the_layouts_of_a_preset():
-    choices = {name: parse_choice(name) for name in ("tp=4,sp,recompute=full", "tp=4,sp", "tp=4")}
-    rows = [line.strip("| ").split(" | ") for line in estimate("bagel_7b_mot", choices, 64, 64).splitlines()[2:]]
-    assert [row[:2] for row in rows] == [[f"`{name}`", "16"] for name in choices]
-    recomputed, split, whole = [float(row[7]) for row in rows]
-    assert recomputed < split < 80 < whole  # GB of a GPU
-
-
-def test_an_illegal_layout_is_one_sentence_before_anything_starts():
-    with pytest.raises(ConfigError, match="^training.global_batch_size 24 does not divide by the 16 model replicas"):
-        estimate("bagel_7b_mot", {"tp=4,sp": parse_choice("tp=4,sp")}, 64, 24)

@@ -10,7 +10,7 @@ from megabagel.config.checks_parallel import world_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config, ParallelConfig
 
-_SIZES = {  # short name -> field of ParallelConfig
+SIZES = {  # short name -> field of ParallelConfig
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
     "vp": "virtual_pipeline_model_parallel_size",
@@ -20,7 +20,11 @@ _SIZES = {  # short name -> field of ParallelConfig
     "first": "num_layers_in_first_pipeline_stage",
     "last": "num_layers_in_last_pipeline_stage",
 }
-_SWITCHES = {"sp": {"sequence_parallel": True}, "overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True}}
+_SWITCHES = {
+    "sp": {"sequence_parallel": True},
+    "overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "auto": {"pipeline_split": "auto"},
+}
 _RECOMPUTE = ("full", "selective")
 
 DEFAULT = (
@@ -56,7 +60,7 @@ class Choice:
     """One layout: its name, fields of ParallelConfig, sparse experts per stream, what is computed again."""
 
     name: str
-    parallel: dict[str, int | bool] = field(default_factory=dict)
+    parallel: dict[str, int | bool | str] = field(default_factory=dict)
     experts: int | None = None
     recompute: str | None = None
 
@@ -77,7 +81,7 @@ class Choice:
 
 def parse_choice(text: str) -> Choice:
     """`tp=2,sp` and the like -> a Choice. Raises ValueError with one sentence about a part that is not known."""
-    parallel: dict[str, int | bool] = {}
+    parallel: dict[str, int | bool | str] = {}
     experts = recompute = None
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -85,14 +89,14 @@ def parse_choice(text: str) -> Choice:
             continue
         if part in _SWITCHES:
             parallel |= _SWITCHES[part]
-        elif name in _SIZES and value.isdecimal():
-            parallel[_SIZES[name]] = int(value)
+        elif name in SIZES and value.isdecimal():
+            parallel[SIZES[name]] = int(value)
         elif name == "experts" and value.isdecimal():
             experts = int(value)
         elif name == "recompute" and value in _RECOMPUTE:
             recompute = value
         else:
-            allowed = ", ".join(["dp", *_SWITCHES, *(f"{size}=N" for size in _SIZES), "experts=N"])
+            allowed = ", ".join(["dp", *_SWITCHES, *(f"{size}=N" for size in SIZES), "experts=N"])
             raise ValueError(
                 f"`{part}` in --layout {text} is unknown; allowed are {allowed}, recompute={'|'.join(_RECOMPUTE)}."
             )

@@ -3,7 +3,7 @@
 Pure arithmetic on the configuration, written down independently of the model's code, which it is compared with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megabagel.config.pipeline_split import stage_layers
 from megabagel.config.schema import ModelConfig, ParallelConfig, VisionConfig
@@ -44,10 +44,18 @@ def sizes_of(parallel: ParallelConfig, processes: int) -> Sizes:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of a rank that are reduced over, and whose optimizer state is sharded over, `ranks` ranks."""
+    """Parameters of a rank that are reduced over, and whose optimizer state is sharded over, `ranks` ranks.
+
+    `frozen` of them have neither gradients nor optimizer state.
+    """
 
     parameters: float
     ranks: float
+    frozen: float = 0.0
+
+    @property
+    def trained(self) -> float:
+        return self.parameters - self.frozen
 
 
 def vision_parameters(vit: VisionConfig, hidden: int) -> tuple[int, int]:
@@ -68,44 +76,80 @@ def attention_parameters(model: ModelConfig, tp: int) -> float:
     return (h * qkv + qkv + h * h) / tp + norms
 
 
+@dataclass
+class _Parts:
+    """Adds up parameters and those of them that do not train."""
+
+    held: float = 0.0
+    frozen: float = 0.0
+
+    def add(self, parameters: float, trains: bool) -> None:
+        self.held += parameters
+        self.frozen += 0 if trains else parameters
+
+    def over(self, ranks: float) -> Group:
+        return Group(self.held, ranks, self.frozen)
+
+
 def stage_groups(model: ModelConfig, sizes: Sizes, layers: int, ends: tuple[bool, bool], und_ranks: int | None):
     """Parameter groups of a rank with `layers` layers, one list per kind of rank (holders of und's and of gen's MLPs).
 
     `ends`: whether the stage is the first and the last one.
     """
-    h, tp = model.hidden_size, sizes.tp
-    streams = {"mot": 2, "moe": 1, "dense": 1}[model.layer_variant]
-    mlps = 1 if model.layer_variant == "dense" else 2
-    dense = layers * streams * attention_parameters(model, tp)
-    channels = model.latent_patch_size**2 * model.vae.z_channels
-    if ends[0]:
-        dense += model.vocab_size * h / tp
-        if model.visual_und:
-            dense += sum(vision_parameters(model.vit, h))
-        if model.visual_gen:
-            dense += channels * h + h + _TIME_CHANNELS * h + h + h * h + h
-    if ends[1]:
-        dense += h if model.layer_variant == "dense" else 2 * h
-        if not (model.tie_word_embeddings and ends[0]):
-            dense += model.vocab_size * h / tp
-        if model.visual_gen:
-            dense += h * channels + channels
-    mlp = 3 * h * model.ffn_hidden_size
-    experts = [n for n in (model.und_num_experts, model.gen_num_experts) if n is not None]
-    if experts:
+    trains = (not (model.freeze_llm or model.freeze_und), not model.freeze_llm)  # und's layers, gen's
+    dense = _Parts()
+    _add_ends(dense, model, sizes.tp, ends)
+    for of_und in (True, *([False] if model.layer_variant == "mot" else [])):
+        dense.add(layers * attention_parameters(model, sizes.tp), trains[0 if of_und else 1])
+    h, mlp = model.hidden_size, 3 * model.hidden_size * model.ffn_hidden_size
+    streams = range(1 if model.layer_variant == "dense" else 2)
+    if model.has_sparse_experts:
         width = model.moe_ffn_hidden_size or model.ffn_hidden_size
-        shared = 3 * h * (model.moe_shared_expert_intermediate_size or 0) / tp
-        dense += layers * ((mlps - len(experts)) * mlp / tp + sum(h * n + shared for n in experts))
-        sparse = Group(layers * sum(3 * h * width * n / sizes.ep for n in experts), sizes.per_stage / sizes.ep)
-        return [[Group(dense, sizes.dp * sizes.cp), sparse]]
+        shared = 3 * h * (model.moe_shared_expert_intermediate_size or 0) / sizes.tp
+        sparse = _Parts()
+        for stream in streams:
+            number = (model.und_num_experts, model.gen_num_experts)[stream]
+            if number is None:
+                dense.add(layers * mlp / sizes.tp, trains[stream])
+            else:
+                dense.add(layers * (h * number + shared), trains[stream])
+                sparse.add(layers * 3 * h * width * number / sizes.ep, trains[stream])
+        return [[dense.over(sizes.dp * sizes.cp), sparse.over(sizes.per_stage / sizes.ep)]]
     if sizes.ep == 1:
-        return [[Group(dense + layers * mlps * mlp / tp, sizes.dp * sizes.cp)]]
+        for stream in streams:
+            dense.add(layers * mlp / sizes.tp, trains[stream])
+        return [[dense.over(sizes.dp * sizes.cp)]]
     und = und_ranks or sizes.ep // 2
-    kinds = [
-        Group(layers * mlp, sizes.per_stage * und / sizes.ep),
-        Group(layers * mlp, sizes.per_stage * (sizes.ep - und) / sizes.ep),
-    ]
-    return [[Group(dense, sizes.dp * sizes.cp), kind] for kind in kinds]
+    kinds = []
+    for stream, holders in enumerate((und, sizes.ep - und)):
+        part = _Parts()
+        part.add(layers * mlp, trains[stream])
+        kinds.append(part.over(sizes.per_stage * holders / sizes.ep))
+    return [[dense.over(sizes.dp * sizes.cp), kind] for kind in kinds]
+
+
+def _add_ends(dense: _Parts, model: ModelConfig, tp: int, ends: tuple[bool, bool]) -> None:
+    """What is not a decoder layer. A frozen tower is on every rank."""
+    h, channels = model.hidden_size, model.latent_patch_size**2 * model.vae.z_channels
+    und_trains = not (model.freeze_llm or model.freeze_und)
+    tower_trains = not (model.freeze_vit or model.freeze_und)
+    tower, connector = vision_parameters(model.vit, h)
+    if model.visual_und and (ends[0] or not tower_trains):
+        dense.add(tower, tower_trains)
+    if ends[0]:
+        dense.add(model.vocab_size * h / tp, und_trains)
+        if model.visual_und:
+            dense.add(connector, not model.freeze_und)
+        if model.visual_gen:
+            dense.add(channels * h + h + _TIME_CHANNELS * h + h + h * h + h, True)
+    if ends[1]:
+        dense.add(h, und_trains)
+        if model.layer_variant != "dense":
+            dense.add(h, not model.freeze_llm)
+        if not (model.tie_word_embeddings and ends[0]):
+            dense.add(model.vocab_size * h / tp, not model.freeze_llm)
+        if model.visual_gen:
+            dense.add(h * channels + channels, True)
 
 
 def rank_groups(model: ModelConfig, parallel: ParallelConfig, processes: int) -> list[list[list[Group]]]:
@@ -134,12 +178,21 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.average
 
 
+def memory_of_ranks(model: ModelConfig, parallel: ParallelConfig, processes: int) -> list[list[Memory]]:
+    """Per pipeline rank, per kind of rank (see `rank_groups`): bf16 training."""
+    return [[_memory(groups) for groups in stage] for stage in rank_groups(model, parallel, processes)]
+
+
+def _memory(groups: list[Group]) -> Memory:
+    held, trained = sum(group.parameters for group in groups), sum(group.trained for group in groups)
+    shard = sum(group.trained / group.ranks for group in groups)
+    return Memory(BF16 * held, GRADIENT * trained, MAIN_AND_MOMENTS * shard, AVERAGE * shard)
+
+
 def memory(model: ModelConfig, parallel: ParallelConfig, processes: int) -> Memory:
-    """bf16 training with nothing frozen; the largest value of each kind over all ranks."""
-    ranks = [groups for stage in rank_groups(model, parallel, processes) for groups in stage]
-    held = [sum(group.parameters for group in groups) for groups in ranks]
-    shards = [sum(group.parameters / group.ranks for group in groups) for groups in ranks]
-    return Memory(BF16 * max(held), GRADIENT * max(held), MAIN_AND_MOMENTS * max(shards), AVERAGE * max(shards))
+    """bf16 training; the largest value of each kind over all ranks."""
+    ranks = [held for stage in memory_of_ranks(model, parallel, processes) for held in stage]
+    return Memory(*(max(getattr(rank, f.name) for rank in ranks) for f in fields(Memory)))
 
 
 def activation_bytes_per_row(model: ModelConfig, tp: int, sequence_parallel: bool, recompute: str | None) -> float:

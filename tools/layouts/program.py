@@ -9,13 +9,15 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from layouts.allocator import AllocatorPeak
 from layouts.choice import Choice, check_layout, parse_choice
 from layouts.memory import ActivationMeter, average_bytes, gradient_bytes, optimizer_bytes, parameter_bytes
 from layouts.traffic import Traffic
@@ -44,6 +46,7 @@ class RankReport:
     mlp_optimizer: int
     average: int
     activations: int
+    peak: int  # beyond the state, forward and backward
     sent: dict[str, int]
     calls: dict[str, int]
     encode_sent: dict[str, int]
@@ -51,9 +54,20 @@ class RankReport:
 
 
 @contextmanager
-def _watch(meter: ActivationMeter, traffic: Traffic) -> Iterator[None]:
-    with meter, traffic:
-        yield
+def _watch(stages: list[nn.Module], meter: ActivationMeter, allocator: AllocatorPeak) -> Iterator[None]:
+    """Both count until gradients are reduced, after the last backward pass: gloo copies what others reduce in place."""
+    finalize = stages[0].config.finalize_model_grads_func
+
+    def stop_and_finalize(*arguments: object, **options: object) -> None:
+        allocator.stop()
+        finalize(*arguments, **options)
+
+    stages[0].config.finalize_model_grads_func = stop_and_finalize
+    try:
+        with meter, allocator:
+            yield
+    finally:
+        stages[0].config.finalize_model_grads_func = finalize
 
 
 def measure(choice: Choice, packs_per_step: int) -> RankReport:
@@ -72,17 +86,19 @@ def measure(choice: Choice, packs_per_step: int) -> RankReport:
     packs = make_packs(config, layout.dp_rank, layout.dp_size)
     plans = [pack.plan for pack in packs]
     rows = plans[0].und_length + plans[0].gen_length
-    for _ in range(2):
-        meter, traffic, encode_traffic = ActivationMeter(stages), Traffic(), Traffic()
+    meter, allocator, traffic, encode_traffic = ActivationMeter(stages), AllocatorPeak(), Traffic(), Traffic()
+    for watched in (False, True):
         start = time.perf_counter()
-        with encode_traffic:
+        with encode_traffic if watched else nullcontext():
             inputs = encoder(packs)
-        with _watch(meter, traffic):
+        with traffic if watched else nullcontext():
             for chunk in stages:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
             counts = count(plans, config.training, layout.device)
-            forward_backward(stages, list(zip(plans, inputs, strict=True)), counts, config.training, rows)
+            batches = list(zip(plans, inputs, strict=True))
+            with _watch(stages, meter, allocator) if watched else nullcontext():
+                forward_backward(stages, batches, counts, config.training, rows)
             optimizer.step()
         ema.update(0.9)
         seconds = time.perf_counter() - start
@@ -92,6 +108,7 @@ def measure(choice: Choice, packs_per_step: int) -> RankReport:
         *optimizer_bytes(optimizer, stages),
         average_bytes(ema),
         meter.peak,
+        allocator.peak,
         dict(traffic.sent),
         dict(traffic.calls),
         dict(encode_traffic.sent),

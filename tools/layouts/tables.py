@@ -1,11 +1,13 @@
 """From the ranks' reports to Markdown tables and ratios, the formulas beside what was measured."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from layouts.activation_formula import held
 from layouts.choice import Choice
-from layouts.memory_formula import Memory, memory
-from layouts.traffic_formula import Load, traffic
-from layouts.workload import STREAM_ROWS, small_config
+from layouts.memory_formula import Memory, memory, memory_of_ranks
+from layouts.traffic_formula import traffic
+from layouts.workload import LOAD, small_config
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "p2p", "broadcast")
 STATE = ("parameters", "gradients", "optimizer", "average")
@@ -26,6 +28,22 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def peak_table(reports: Reports, formula: Callable[[str], tuple[float, float]]) -> str:
+    """MB of the fullest rank, measured and by formula: what forward and backward add at their peak, and with the state.
+
+    `formula` gives both of a layout. Errors are those of the formula.
+    """
+    rows = []
+    for name, ranks in reports.items():
+        added = max(rank["peak"] for rank in ranks)
+        whole = max(rank["peak"] + sum(rank[kind] for kind in STATE) for rank in ranks)
+        cells = []
+        for measured, expected in zip((added, whole), formula(name), strict=True):
+            cells += [megabytes(measured), megabytes(expected), f"{100 * (expected / measured - 1):+.1f}%"]
+        rows.append([f"`{name}`", *cells])
+    return table(["layout", "step's peak", "formula", "error", "with state", "formula", "error"], rows)
 
 
 def memory_table(reports: Reports, formula: Callable[[str], Memory]) -> str:
@@ -68,17 +86,26 @@ def mlp_table(reports: Reports, names: list[str]) -> str:
     return table(["layout", "MLP weights", "MLP gradients", "MLP optimizer, mean"], rows)
 
 
-def formulas(choices: dict[str, Choice], processes: int, packs: int) -> tuple[Callable, Callable]:
-    """Expected memory and traffic of the measured model by layout name."""
+def formulas(choices: dict[str, Choice], processes: int, packs: int) -> tuple[Callable, Callable, Callable]:
+    """Expected state, peaks (of a step, with state) and traffic of the measured model by layout name."""
+    load = replace(LOAD, packs=packs)
 
     def expected_memory(name: str) -> Memory:
         config = choices[name].apply(small_config())
         return memory(config.model, config.parallel, processes)
 
     def expected_traffic(name: str) -> dict[str, float]:
-        return traffic(choices[name].apply(small_config()), processes, Load(STREAM_ROWS, STREAM_ROWS, packs))
+        return traffic(choices[name].apply(small_config()), processes, load)
 
-    return expected_memory, expected_traffic
+    def expected_peaks(name: str) -> tuple[float, float]:
+        config = choices[name].apply(small_config())
+        config.training.global_batch_size = packs
+        added = [one for stage in held(config, processes, load) for one in stage]
+        state = [one for stage in memory_of_ranks(config.model, config.parallel, processes) for one in stage]
+        whole = max(a.total + s.total for a, s in zip(added, state, strict=True))
+        return max(one.total for one in added), whole
+
+    return expected_memory, expected_peaks, expected_traffic
 
 
 def ratios(reports: Reports, choices: dict[str, Choice]) -> dict[str, float]:

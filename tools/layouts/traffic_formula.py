@@ -15,11 +15,15 @@ from megabagel.config.schema import Config
 
 @dataclass(frozen=True)
 class Load:
-    """What a replica trains on in a step: padded rows of each stream of a pack, packs of all replicas."""
+    """What is trained on in a step: padded rows of each stream of a pack and packs of all replicas; of a pack, ViT
+    tokens and the rows that each head reads."""
 
     und_rows: int
     gen_rows: int
     packs: int
+    vit_tokens: int = 0
+    ce_rows: int = 0
+    mse_rows: int = 0
 
     @property
     def rows(self) -> int:
@@ -37,8 +41,8 @@ def traffic(config: Config, processes: int, load: Load) -> dict[str, float]:
             sent: Counter[str] = Counter()
             for group in groups:
                 share = (group.ranks - 1) / group.ranks
-                sent["reduce-scatter"] += GRADIENT * group.parameters * share
-                sent["all-gather"] += BF16 * group.parameters * share
+                sent["reduce-scatter"] += GRADIENT * group.trained * share
+                sent["all-gather"] += BF16 * group.trained * share
             for part in (
                 _tensor(config, sizes, rank, layers, load),
                 _context(config, sizes, layers, load),

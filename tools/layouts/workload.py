@@ -6,6 +6,7 @@ Every pack pads to the same number of rows in every layout of up to 8 tensor x c
 import numpy as np
 import torch
 
+from layouts.traffic_formula import Load
 from megabagel.config.autoencoder import AutoencoderConfig
 from megabagel.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig, VisionConfig
 from megabagel.data.pack import Pack
@@ -15,6 +16,7 @@ from megabagel.packing.sample import Item, Sample
 from megabagel.packing.splits import PlannedSample, plan_sample
 
 STREAM_ROWS = 256  # padded, of each stream of a pack
+LOAD = Load(STREAM_ROWS, STREAM_ROWS, 1, vit_tokens=128, ce_rows=27, mse_rows=161)  # one pack of `_samples`
 TILE = 16
 
 

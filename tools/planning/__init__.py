@@ -1,0 +1,1 @@
+"""Parts of plan_parallelism.py: clusters, a pack's work, a layout's memory and time, the search, failures."""
