@@ -5,7 +5,8 @@
 
 Tensors go one by one from file to file: memory does not grow with the model. Started again after an interruption, it
 goes on where it stopped. Tensor names, dtypes, division into files, configurations, tokenizer and autoencoder come from
-the folder that the run began with (--base, or what its configuration names); without one they are made anew.
+the folder that the run began with (--base, or what the checkpoint carries, or what its configuration names); without
+one they are made anew.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.export import export, plan_export
+from megabagel.checkpoint.export import export
+from megabagel.checkpoint.export_plan import plan_export
 from megabagel.config.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,8 +30,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="run folder (its newest checkpoint) or iter_... folder")
     parser.add_argument("--out", required=True, help="folder to write; must be empty or an interrupted export")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="moving average or live weights")
-    parser.add_argument("--base", help="BAGEL folder that the run began with (default: what its configuration names)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--weights",
+        choices=("ema", "model", "both"),
+        help="moving average, live weights or a file of each (default: what convert_hf_to_dist found, else ema)",
+    )
+    which.add_argument("--ema", dest="weights", action="store_const", const="ema", help="short for --weights ema")
+    which.add_argument("--model", dest="weights", action="store_const", const="model", help="short for --weights model")
+    parser.add_argument(
+        "--base", help="BAGEL folder that the run began with (default: what the checkpoint carries or its run names)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: as in the base folder, or the run's)")
     parser.add_argument("--max-file-gb", type=float, help="divide the weights into files of at most so many GB")
     parser.add_argument("--processes", type=int, default=1, help="that read and write side by side")
@@ -49,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    count = sum(len(specs) for specs in plan.files.values())
-    print(f"{count} tensors of {plan.checkpoint} ({arguments.weights}) are in {arguments.out}")
+    count = sum(len(file.specs) for file in plan.open().values())
+    print(f"{count} tensors of {plan.checkpoint} ({' and '.join(plan.weights)}) are in {arguments.out}")
     return 0
 
 

@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.export import read_config
+from megabagel.checkpoint.export_plan import read_config
 from megabagel.checkpoint.folder import manifest, metrics_of
 from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.sources import SafetensorsFolder
@@ -28,7 +28,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Contents(Protocol):
-    """`facts`: what is known besides tensors, name -> text. `settings`: the configuration as YAML, where one is there."""
+    """`facts`: what is known besides tensors, name -> text. `settings`: the configuration as YAML, if there is one."""
 
     facts: dict[str, str]
     settings: str | None

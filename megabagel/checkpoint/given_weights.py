@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.export import read_config
+from megabagel.checkpoint.export_plan import read_config
 from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.sources import SafetensorsFolder
 from megabagel.checkpoint.torch_dist import checkpoint_folder

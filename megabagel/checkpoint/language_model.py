@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.export import TOKENIZER_FILES
+from megabagel.checkpoint.export_side_files import TOKENIZER_FILES
 from megabagel.checkpoint.given_weights import GivenWeights
 from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
-from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec
+from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, make_head
 from megabagel.config.folder import LLM_KEYS
 from megabagel.data.faults import DataError
 from megabagel.data.text import Tokenizer
@@ -94,7 +94,7 @@ def export_language_model(plan: Plan, done: Callable[[int], None] = lambda num_b
     if plan.num_bytes > free:
         raise CheckpointError(f"{out} has room for {free / 1e9:.1f} GB, but {plan.num_bytes / 1e9:.1f} GB are needed")
     for file_name, specs in plan.files.items():
-        file = SafetensorsFile(out / file_name, specs)
+        file = SafetensorsFile(out / file_name, make_head(specs))
         file.begin()
         files |= dict.fromkeys(specs, file)
     for group in plan.given.groups(_language_names(plan.given)):

@@ -13,7 +13,6 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
-from megabagel.checkpoint.optimizer import METADATA
 from megabagel.models.build import build_stages
 
 
@@ -29,7 +28,7 @@ def own_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         # what linears it is made of changes no key
         config = Config(model, training=TrainingConfig(params_dtype="bf16"), kernels=KernelConfig("local"))
         (stage,) = build_stages(config, torch.device("meta"))
-        wanted = load_preprocess(stage.sharded_state_dict(metadata=dict(METADATA)))[0]
+        wanted = load_preprocess(stage.sharded_state_dict())[0]
     finally:
         if alone:
             distributed.destroy()

@@ -18,6 +18,8 @@ from megabagel.config.schema import ModelConfig
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors")
 LATENT_TABLE, VIT_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 AUTOENCODER_PARAMS = "ae_params.json"
+CARRIED = "bagel"  # folder in a converted checkpoint: the BAGEL folder's files, of its weights the headers alone
+HEADER_ALONE = ".header"  # ending of those
 LAYER_VARIANTS = {"Qwen2MoTDecoderLayer": "mot", "Qwen2MoEDecoderLayer": "moe", "Qwen2DecoderLayer": "dense"}
 LLM_KEYS = {  # ModelConfig field -> key of llm_config.json
     "hidden_size": "hidden_size",
@@ -46,7 +48,7 @@ def read_model_config(folder: str, base: ModelConfig) -> ModelConfig:
     Raises:
         ConfigError: a missing or broken JSON file, a missing key, or an unknown kind of layer.
     """
-    root = Path(folder)
+    root = Path(side_folder(folder))
     if not root.is_dir():
         raise ConfigError(f"model.folder: there is no folder {folder}; give a BAGEL folder with llm_config.json.")
     llm, vit = _read(root / "llm_config.json"), _read(root / "vit_config.json")
@@ -73,6 +75,17 @@ def is_checkpoint(path: Path) -> bool:
     return any((path / name).is_file() for name in ("latest_checkpointed_iteration.txt", ".metadata"))
 
 
+def side_folder(path: str) -> str:
+    """Where configurations, tokenizer and autoencoder are that belong to the weights at `path`.
+
+    `path` itself, unless it is a checkpoint that was made of a BAGEL folder, or a run folder that holds one: they carry
+    these files.
+    """
+    root = Path(path)
+    carried = (root / CARRIED, *sorted(root.glob(f"iter_*/{CARRIED}"), reverse=True))
+    return next((str(folder) for folder in carried if folder.is_dir()), path)
+
+
 def read_autoencoder_config(folder: Path) -> AutoencoderConfig | None:
     """The autoencoder's shape from `ae_params.json` in `folder`; None when there is no such file."""
     path = folder / AUTOENCODER_PARAMS
@@ -95,7 +108,8 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length) if length < 1 << 30 else b"")
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if path.stat().st_size != 8 + length + max(ends, default=0):
+        size = 8 + length + (0 if path.suffix == HEADER_ALONE else max(ends, default=0))
+        if path.stat().st_size != size:
             raise ValueError("cut short")
         return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     except (OSError, struct.error, ValueError, AttributeError, KeyError, TypeError):
@@ -104,7 +118,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 
 def _table_sides(root: Path) -> dict[str, int]:
     """Side of each square position table that a weights file of `root` holds."""
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, *(file + HEADER_ALONE for file in WEIGHT_FILES)):
         if (root / name).is_file():
             shapes = tensor_shapes(root / name)
             return {table: math.isqrt(shapes[table][0]) for table in (LATENT_TABLE, VIT_TABLE) if table in shapes}

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.export import export, plan_export
+from megabagel.checkpoint.export import export
+from megabagel.checkpoint.export_plan import plan_export
 from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.torch_dist import checkpoint_folder
 from megabagel.config.folder import read_model_config
@@ -74,7 +75,7 @@ def test_the_average_is_exported_too(run_dir, tmp_path):
 
 
 def test_without_the_base_folder_everything_is_made_anew(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("megabagel.checkpoint.export._bagel_folder", lambda config: None)
+    monkeypatch.setattr("megabagel.checkpoint.export_plan._base_of", lambda *_: None)
     out = tmp_path / "out"
     export(plan_export(run_dir, out, weights="model", max_file_bytes=500_000), processes=2)
     parts = sorted(p.name for p in out.glob("*.safetensors") if p.name != "ae.safetensors")
