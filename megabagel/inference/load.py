@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
-from megabagel.checkpoint.export import read_config
+from megabagel.checkpoint.export_plan import read_config
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.checkpoint.torch_dist import checkpoint_folder
 from megabagel.config.checks import check_layout
