@@ -1,0 +1,1 @@
+"""Parts of translate_bagel_args.py: the official command line, its flags in our terms, the registry of data sets."""
