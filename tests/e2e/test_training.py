@@ -91,7 +91,9 @@ def test_stored_latents_and_features_train_like_pictures_which_may_then_be_gone(
 
 def test_a_killed_run_resumes_bit_for_bit(data_file, tmp_path):
     extra = ["--data.num_workers=2", "--checkpoint.save_interval=2"]
-    train(data_file, tmp_path / "whole", *extra, processes=2, steps=7)
+    whole = train(data_file, tmp_path / "whole", *extra, processes=2, steps=7)
+    assert [line["step"] for line in whole if "save_blocked_time" in line] == [2, 4, 6, 7]
+    assert sum("save_time" in line for line in whole) >= 1 and whole[-1]["save_time"] >= whole[-1]["save_blocked_time"]
 
     run_dir = tmp_path / "killed"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
