@@ -35,7 +35,7 @@ class RunState:
     """What a checkpoint holds besides model, optimizer, average and random generators, which are put in place."""
 
     step: int  # updates done
-    counters: dict[str, int]
+    counters: dict[str, float]
     data_state: object  # of all replicas
     config_yaml: str
     folder: Path
@@ -49,7 +49,7 @@ def save(
     ema: ema_state.Average | None,
     *,
     data_state: object,
-    counters: dict[str, int],
+    counters: dict[str, float],
     config_yaml: str,
     metrics: Mapping[str, float] | None = None,
     saver: Saver | None = None,

@@ -13,6 +13,7 @@ from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
 from megabagel.config.checks_precision import precision_faults
+from megabagel.config.checks_validation import validation_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config
 
@@ -24,7 +25,7 @@ _CONNECTOR_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "relu", "silu")
 def check_config(config: Config, world_size: int) -> None:
     """Raise ConfigError with the first fault of `config` on `world_size` processes; return when there is none."""
     check_model(config)
-    for faults in (_budgets, _optimizer):
+    for faults in (_budgets, _optimizer, validation_faults):
         _refuse(faults(config))
     _refuse(world_faults(config, world_size))
     _refuse(file_faults(config))

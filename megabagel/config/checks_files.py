@@ -1,4 +1,4 @@
-"""Rules about what a configuration names on disk: initial weights, tokenizer, autoencoder and the data file.
+"""Rules about what a configuration names on disk: initial weights, tokenizer, autoencoder and the data files.
 
 Only names, JSON files and safetensors headers are read. Damaged rows of data are the reader's matter, not a fault here.
 """
@@ -41,6 +41,8 @@ def file_faults(config: Config) -> Iterator[str]:
     yield from _autoencoder(config)
     yield from _tokenizer(config)
     yield from _data_file(config)
+    if config.validation.interval > 0:
+        yield from _groups(config, config.validation.dataset_config_file)
 
 
 def _run_dir(run_dir: Path) -> Iterator[str]:
@@ -179,6 +181,11 @@ def _data_file(config: Config) -> Iterator[str]:
     path = config.data.dataset_config_file
     if path is None:
         yield "data.dataset_config_file is not set; give a YAML file with the groups of data to train on."
+    yield from _groups(config, path)
+
+
+def _groups(config: Config, path: str) -> Iterator[str]:
+    """Of the data file at `path`."""
     groups = load_dataset_groups(path)
     if not any(group.weight > 0 for group in groups.values()):
         yield f"data file {path}: no group has a weight above 0, so nothing would be drawn; raise one."

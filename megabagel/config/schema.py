@@ -179,8 +179,20 @@ class CheckpointConfig:
     keep_last: int | None = None  # newest checkpoints that stay; this and the next two null: all stay
     keep_every: int | None = None  # those of steps that are multiples of this stay too
     keep_best: int | None = None  # so many with the lowest best_metric stay too
-    best_metric: str = "validation/loss"  # what keep_best goes by
+    best_metric: str = "validation/loss"  # what keep_best and validation.patience go by; less is better
     auto_resume: bool = True  # continue from the newest checkpoint of run_dir when there is one
+
+
+@dataclass
+class ValidationConfig:
+    """Losses on held-out data while the run goes on; training does not notice them."""
+
+    dataset_config_file: str | None = None  # groups of held-out data, in the form of data.dataset_config_file
+    interval: int = 0  # steps between two validations, the last step's included; 0: never
+    packs: int = 64  # at most so many, the same each time; fewer where all samples fit into fewer
+    weights: Literal["model", "ema", "both"] = "model"  # which weights are looked at: live ones, their moving average
+    patience: int | None = None  # end after this many validations without a better checkpoint.best_metric; null: never
+    seed: int = 42  # order of the samples, their timesteps and noise
 
 
 @dataclass
@@ -204,4 +216,5 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

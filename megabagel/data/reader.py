@@ -62,11 +62,13 @@ class Reader:
         visual_und: bool = True,
         visual_gen: bool = True,
         known: Sequence[Known | None] | None = None,
+        max_packs: int | None = None,
     ) -> None:
         """`tile` and `total_length`: see `planner.build_plan`. `global_batch_size`: packs of a step, of which this
         replica gets its share. `exchange` gathers lists over the replicas' readers, which make the same calls;
         `cost_model`: work of a sample, null: its tokens. `faults_file` lists bad rows; replica 0 writes it.
         `visual_und`, `visual_gen`: what the model has. `known`: pictures of each group that need not be opened.
+        `max_packs`: of all replicas, after which the data end; null: no limit.
 
         Raises DataError when a group cannot be read at all and ValueError when numbers contradict each other.
         """
@@ -94,7 +96,9 @@ class Reader:
             data_parallel_size,
             exchange,
         )
-        self._planner = StepPlanner(config, groups, self._stream, self._judge, global_batch_size, data_parallel_size)
+        self._planner = StepPlanner(
+            config, groups, self._stream, self._judge, global_batch_size, data_parallel_size, max_packs
+        )
         self._assembly = ThreadPoolExecutor(1, "packs") if config.num_workers else None
         self._most_bytes = config.prefetch_mib * _MIB
         self._steps: deque[_Ahead] = deque()

@@ -50,9 +50,11 @@ class StepPlanner:
         judge: FaultLog,
         global_batch_size: int,
         num_replicas: int,
+        max_packs: int | None = None,
     ) -> None:
-        """`judge` is told every draw and stops the planning of more when too many are bad. Raises DataError when the
-        groups cannot be drawn from, ValueError when token budgets or batch sizes contradict each other."""
+        """`judge` is told every draw and stops the planning of more when too many are bad. `max_packs`: the data end
+        after so many packs from the start or the last `load_state`. Raises DataError when the groups cannot be drawn
+        from, ValueError when token budgets or batch sizes contradict each other."""
         if global_batch_size % num_replicas:
             raise ValueError(
                 f"training.global_batch_size is {global_batch_size}, but must be a multiple of the {num_replicas} "
@@ -73,6 +75,7 @@ class StepPlanner:
         self._names = list(groups)
         self._stream, self._judge = stream, judge
         self._global_batch_size, self._num_replicas = global_batch_size, num_replicas
+        self._max_packs, self._num_packs = max_packs, 0
         self._mixture = Mixture({name: group.weight for name, group in groups.items()}, config.seed)
         self._mandatory = [i for i, group in enumerate(groups.values()) if group.is_mandatory]
         strategy = "greedy" if config.packing == "greedy" else "best_fit"
@@ -83,7 +86,7 @@ class StepPlanner:
         """The next step. At the end of the data its last packs may be empty, then there are no more steps."""
         packs, stop = [], None
         try:
-            while len(packs) < self._global_batch_size and (pack := self._packer.next_pack()):
+            while len(packs) < self._global_batch_size and (pack := self._next_pack()):
                 packs.append(pack)
         except _GivenUp as error:
             packs, stop = [], error.__cause__
@@ -107,12 +110,19 @@ class StepPlanner:
         """Continue from `state`; group and fault of samples that waited then and cannot be used any more."""
         self._stream.seek(state["counts"])
         self._packer.num_draws = state["num_draws"]
-        self._draws = []
+        self._draws, self._num_packs = [], 0
         waiting = self._stream.measure([tuple(reference) for reference in state["waiting"]])
         self._packer.open, self._packer.num_mandatory_done = [], 0
         self._packer.buffer = [sample for sample in waiting if isinstance(sample, Measured)]
         lost = zip(state["waiting"], waiting, strict=True)
         return [(group, sample) for (group, _), sample in lost if isinstance(sample, Fault)]
+
+    def _next_pack(self) -> list[Measured] | None:
+        """None at the end of the data."""
+        if self._num_packs == self._max_packs:
+            return None
+        self._num_packs += 1
+        return self._packer.next_pack()
 
     def _choose_group(self, draw: int) -> int | None:
         return self._mixture.group(draw, self._stream.ended())

@@ -28,7 +28,17 @@ class Console:
 
     def show(self, step: int, record: Mapping[str, float | None]) -> None:
         """Print the line of `step`."""
-        line = self.line(step, record)
+        self._print(self.line(step, record))
+
+    def show_validation(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Print what the validation after `step` measured, a line for the live weights and one for their average."""
+        names = ("loss", "ce", "perplexity", "mse")
+        for prefix, title in (("validation/", "validation"), ("validation/ema/", "validation of the average")):
+            if f"{prefix}loss" in values:
+                parts = [f"{name} {_number(values[prefix + name], '.4f')}" for name in names]
+                self._print(" | ".join([f"{title} after step {step}", *parts]))
+
+    def _print(self, line: str) -> None:
         if self._bar:
             self._bar.write(line)
         else:

@@ -1,10 +1,10 @@
-"""The training loop of one rank: read, encode, step, average, watch, save.
+"""The training loop of one rank: read, encode, step, average, watch, validate, save.
 
 It only calls the pieces in order; `setup.py` puts them together and none of them knows of the loop.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
 from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
+from megabagel.training.best import Best
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.expert_losses import ExpertLosses, take_expert_losses
@@ -29,6 +30,7 @@ from megabagel.training.metrics import MetricsWriter
 from megabagel.training.optimizer import parameter_norm, set_learning_rate
 from megabagel.training.schedule import lr_at
 from megabagel.training.step import LossCounts, Losses, count, forward_backward
+from megabagel.training.validation import Validation
 
 
 @dataclass
@@ -43,10 +45,13 @@ class Trainer:
     reader: ReplicaReader
     encoder: Encoder
     rows: int  # padded rows of every pack: the length that travels between pipeline stages
+    validation: Validation | None = None
     step: int = 0
     samples: int = 0
+    measured: dict[str, float | None] = field(default_factory=dict)  # by the validation after the last step, if any
 
     def __post_init__(self) -> None:
+        self.best = Best(self.config.checkpoint.best_metric, self.config.validation.patience)
         self.saver = Saver(self.config.checkpoint.async_save)
 
     def run(self) -> None:
@@ -60,6 +65,11 @@ class Trainer:
         try:
             saved = self.step
             while self.step < config.training.train_steps:
+                if self.best.is_exhausted:
+                    self._say(f"training ends after step {self.step}: {self.best.sentence()}")
+                    if config.checkpoint.save_interval and saved < self.step:
+                        self.start_save()
+                    break
                 try:
                     values = self.train_step()
                 except EndOfData as end:
@@ -68,15 +78,18 @@ class Trainer:
                         self.start_save()
                     break
                 self.saver.check()
+                self.validate()
                 if self._save_is_due():
                     self.start_save()
                     saved = self.step
                 if self.step == config.training.train_steps:
                     self.saver.wait()
                 if writer:
-                    writer.write(self.step, values | self.saver.take_times())
+                    writer.write(self.step, values | self.measured | self.saver.take_times())
             self.saver.wait()
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
+            if self.validation:
+                self.validation.close()
         finally:
             if writer:
                 writer.close()
@@ -144,6 +157,13 @@ class Trainer:
             **log_values(self.reader.state_dict()["faults"]),
         }
 
+    def validate(self) -> None:
+        """Measure the held-out losses if it is time to; every rank must call it."""
+        self.measured, interval = {}, self.config.validation.interval
+        if self.validation and (self.step % interval == 0 or self.step == self.config.training.train_steps):
+            self.measured = self.validation.measure()
+            self.best.update(self.step, self.measured)
+
     def _save_is_due(self) -> bool:
         interval = self.config.checkpoint.save_interval
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.training.train_steps)
@@ -162,8 +182,9 @@ class Trainer:
             self.optimizer,
             self.ema,
             data_state=self.reader.state_dict(),
-            counters={"samples": self.samples},
+            counters={"samples": self.samples, **self.best.state_dict()},
             config_yaml=to_yaml(self.config),
+            metrics={name: value for name, value in self.measured.items() if value is not None},
             saver=self.saver,
         )
 
@@ -173,6 +194,7 @@ class Trainer:
         if state is None:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
+        self.best.load_state_dict(state.counters)
         self.reader.load_state_dict(state.data_state)
         self._say(f"continuing after step {self.step} from {state.folder}")
         return True

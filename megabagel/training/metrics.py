@@ -41,7 +41,8 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Record step number `step` (the first is 1). `values` by the names of `training.loop`; None: not measured.
 
-        Every step becomes one line of the file; console and TensorBoard follow `logging.log_interval`.
+        Every step becomes one line of the file; console and TensorBoard follow `logging.log_interval`, but every
+        validation is shown.
         """
         record: dict[str, float | None] = {"step": step, **values, "batch_size": self._global_batch_size}
         if self._peak is not None and (tflops := values.get("tflops_per_device")) is not None:
@@ -53,7 +54,10 @@ class MetricsWriter:
         is_shown = step % self._interval == 0
         if is_shown:
             self._console.show(step, record)
-        if self._tensorboard and (is_shown or _SAVES & values.keys()):
+        validation = {name: value for name, value in record.items() if name.startswith("validation/")}
+        if validation:
+            self._console.show_validation(step, validation)
+        if self._tensorboard and (is_shown or validation or _SAVES & values.keys()):
             self._tensorboard.write(step, record)
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ _BAGEL = {
     "actual_tflops": "tflops_per_device",
     "mfu": "mfu",
 }
-_DATA = "data/"  # names in the record that begin with it are tags as they are: rows and faults of each group
+_TAGS = ("data/", "validation/")  # names in the record that begin with them are tags as they are
 _BAGEL_MEBIBYTES = {"mem_allocated": "memory_bytes", "mem_cache": "reserved_bytes"}
 
 
@@ -60,7 +60,7 @@ class TensorBoard:
             if (value := record.get(name)) is not None:
                 self._writer.add_scalar(tag, value / 2**20, step)
         for name, value in record.items():
-            if name.startswith(_DATA):
+            if name.startswith(_TAGS) and value is not None:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

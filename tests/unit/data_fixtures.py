@@ -116,7 +116,15 @@ def reader_arguments(**fields) -> tuple[DataConfig, Tokenizer, Geometry]:
     return data_config(**fields), tokenizer, Geometry(16, 8, 14, 8, tokenizer.special)
 
 
-_READER_FIELDS = ("global_batch_size", "exchange", "cost_model", "faults_file", "visual_und", "visual_gen")
+_READER_FIELDS = (
+    "global_batch_size",
+    "exchange",
+    "cost_model",
+    "faults_file",
+    "visual_und",
+    "visual_gen",
+    "max_packs",
+)
 
 
 def make_reader(groups: dict[str, GroupConfig], rank: int = 0, size: int = 1, **fields) -> Reader:

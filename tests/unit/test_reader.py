@@ -331,6 +331,22 @@ def test_packs_that_nothing_is_left_for_hold_a_blank_text():
         assert not pack.plan.ce_rows.numel() and not pack.plan.mse_rows.numel() and pack.plan.sequence_length == 2
 
 
+@pytest.mark.parametrize(("size", "num_workers"), [(1, 0), (2, 0), (2, 1)])
+def test_a_limited_number_of_packs_is_the_same_each_time(size, num_workers):
+    groups = {"a": group(repeats=1)}
+    with replicas(groups, {"a": Rows(60)}, global_batch_size=4) as readers:
+        expected = [pack for step in readers.steps() for pack in step][:6]
+    assert BLANK not in [name for pack in expected for name in pack.groups]
+    fields = {"global_batch_size": 4, "max_packs": 6, "num_workers": num_workers}
+    with replicas(groups, {"a": Rows(60)}, size, **fields) as readers:
+        start = readers.state()
+        for _ in range(2):
+            first, second = readers.steps()
+            assert same_steps([first + second[:2]], [expected])
+            assert [pack.groups for pack in second[2:]] == [[BLANK]] * 2
+            readers.load({**start, "faults": readers.state()["faults"]})
+
+
 def test_a_sample_whose_picture_is_broken_leaves_its_pack():
     broken = Rows(25, late=frozenset({0, 10, 15}))
     whole = {"a": group(repeats=1)}

@@ -70,7 +70,7 @@ def make_pack(kind: str, key: tuple[int, int], geometry: Geometry, tile: int, to
 class PackReader:
     """Packs of one replica: of each step's kinds, every `replicas`-th from the `replica`-th on.
 
-    `steps` lists the kinds of every step, equally many each.
+    `steps` lists the kinds of every step.
     """
 
     def __init__(
@@ -82,14 +82,15 @@ class PackReader:
         tile: int,
         total_length: int | None,
     ):
-        self._places = range(len(steps[0]))[replica::replicas]
+        self._replica, self._replicas = replica, replicas
         self._steps, self._shape = steps, (geometry, tile, total_length)
         self._read = 0
 
     def next_step(self) -> list[Pack]:
         step = self._read
         self._read += 1
-        return [make_pack(self._steps[step][place], (step, place), *self._shape) for place in self._places]
+        places = range(len(self._steps[step]))[self._replica :: self._replicas]
+        return [make_pack(self._steps[step][place], (step, place), *self._shape) for place in places]
 
     def state_dict(self) -> dict:
         return {"faults": {"num_good": {}, "num_bad": {}}, "steps": self._read}
