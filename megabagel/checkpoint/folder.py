@@ -63,8 +63,8 @@ def begin(run_dir: str | Path, step: int, needed_bytes: int = 0) -> Path:
     if free < needed_bytes:
         partial.rmdir()
         raise CheckpointError(
-            f"checkpoint.run_dir {run_dir}: the checkpoint after step {step} needs {_gib(needed_bytes)}, but only "
-            f"{_gib(free)} are free on that disk; free space there (checkpoint.keep_last limits how many checkpoints "
+            f"checkpoint.run_dir {run_dir}: the checkpoint after step {step} needs {_size(needed_bytes)}, but only "
+            f"{_size(free)} are free on that disk; free space there (checkpoint.keep_last limits how many checkpoints "
             "stay) or choose another folder"
         )
     return partial
@@ -257,5 +257,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"

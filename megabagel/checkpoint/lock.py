@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0  # without a beat for so long, an owner of whom nothing else is known is taken for dead
+END_SECONDS = 5.0  # an owner that lives may be on its way out, as after a kill of its launcher
 _POLL_SECONDS = 0.5
 
 
@@ -146,8 +147,12 @@ def _acquire(lock: Path, me: Owner) -> None:
 
 
 def _lives(lock: Path, owner: Owner | None, beat: float) -> bool:
-    """Whether the owner is alive; waits for a beat where nothing else tells."""
+    """Whether the owner is alive; waits for its end, or for a beat where nothing else tells."""
     running = owner.is_running() if owner else None
+    deadline = time.monotonic() + END_SECONDS
+    while running and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+        running = owner.is_running()
     if running is not None:
         return running
     remaining = DEAD_SECONDS - max(0.0, _now_at(lock.parent) - beat)

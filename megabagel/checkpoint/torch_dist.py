@@ -4,6 +4,7 @@ A tensor is put together from the pieces that the ranks of the saving run wrote.
 `distributed.py`; what the tensors are called in a BAGEL folder is `released.py`'s matter.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from megabagel.checkpoint import folder
 from megabagel.checkpoint.errors import CheckpointError, UnreadableError
 from megabagel.checkpoint.pieces import Piece
 
+logger = logging.getLogger(__name__)
+
 
 def checkpoint_folder(path: str | Path) -> Path:
     """`path` itself, or the newest whole checkpoint in it if it is a run folder.
@@ -35,8 +38,9 @@ def checkpoint_folder(path: str | Path) -> Path:
         return path
     for step in folder.steps_to_try(path):
         candidate = folder.step_folder(path, step)
-        if folder.damage(candidate) is None:
+        if (damage := folder.damage(candidate)) is None:
             return candidate
+        logger.error("Checkpoint %s %s; trying the one before it.", candidate, damage)
     raise CheckpointError(f"{path} is neither a checkpoint (iter_...) nor a run folder that holds a whole one")
 
 

@@ -4,8 +4,10 @@ import logging
 from functools import partial
 from pathlib import Path
 
+from megabagel.checkpoint import folder, integrity
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import GroupConfig, load_dataset_groups
+from megabagel.config.folder import is_checkpoint
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.precision import rows_per_tile
 from megabagel.config.schema import Config
@@ -130,10 +132,19 @@ def _cost_model(config: Config, groups: dict[str, GroupConfig]) -> CostModel:
     return cost_model(config.model, latents, features)
 
 
+def _starts_from_checkpoint(config: Config) -> bool:
+    """Whether weights come from a checkpoint whose content is to be verified, and will not be replaced at once."""
+    wanted = config.checkpoint
+    resumes = wanted.auto_resume and bool(folder.steps_to_try(wanted.run_dir))
+    return bool(wanted.verify and wanted.init_from and is_checkpoint(Path(wanted.init_from))) and not resumes
+
+
 def build_trainer(config: Config, layout: Layout) -> Trainer:
     """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0."""
     stages = build_stages(config, layout.device)
     source = open_source(config)
+    if _starts_from_checkpoint(config):
+        integrity.require(source.folder)
     load_weights(stages, source)
     source.close()
     vision = stages[0].vision if is_frozen(config.model) else None

@@ -161,7 +161,7 @@ def test_a_kill_at_any_moment_of_a_removal_leaves_no_half_checkpoint(tmp_path):
 
 
 def test_a_save_that_does_not_fit_or_cannot_be_written_is_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match=r"after step 3 needs 931322\.57 GiB, but only \d+\.\d\d GiB are free"):
+    with pytest.raises(CheckpointError, match=r"after step 3 needs 931322\.57 GiB, but only \d+\.\d\d [GM]iB are free"):
         folder.begin(tmp_path, 3, 10**15)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -216,6 +216,12 @@ def test_retention_follows_the_configuration():
         check_model(config)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setattr(lock, "END_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.1)
+
+
 def locked_by(run_dir: Path, **changes: object) -> lock.Owner:
     """Write the lock of another machine's process (or another one by `changes`)."""
     owner = replace(lock.Owner.me(), host="elsewhere", boot="other", **changes)
@@ -248,9 +254,19 @@ def test_a_second_job_is_refused_at_once_with_the_name_of_the_first(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_owner_on_its_way_out_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "END_SECONDS", 20.0)
+    leaving = subprocess.Popen(["sleep", "0.5"])
+    owner = replace(lock.Owner.me(), pid=leaving.pid, started=lock._start_of(leaving.pid))
+    (tmp_path / lock.LOCK).write_text(json.dumps(asdict(owner)))
+    assert owner.is_running()
+    with lock.own(tmp_path, 0):
+        assert lock._read(tmp_path / lock.LOCK)[0].pid == os.getpid()
+    leaving.wait()
+
+
 def test_the_lock_of_an_unknown_owner_falls_when_its_heart_stops(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lock, "DEAD_SECONDS", 1.2)
-    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.1)
     locked_by(tmp_path)
     with lock.own(tmp_path, 0):
         assert "waiting whether it gives a sign of life" in caplog.text and "has ended" in caplog.text
@@ -265,7 +281,6 @@ def test_the_lock_of_an_unknown_owner_falls_when_its_heart_stops(tmp_path, monke
 
 
 def test_an_unknown_owner_with_a_heartbeat_is_respected(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.3)
     owner, done = locked_by(tmp_path), threading.Event()
     beat = threading.Thread(target=lock._beat, args=(tmp_path / lock.LOCK, owner, done))
