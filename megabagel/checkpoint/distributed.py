@@ -17,10 +17,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megabagel.checkpoint import ema as ema_state
-from megabagel.checkpoint import folder, generators
+from megabagel.checkpoint import folder, generators, integrity
 from megabagel.checkpoint import optimizer as optimizer_state
 from megabagel.checkpoint.errors import CheckpointError, UnreadableError
 from megabagel.checkpoint.held import Held
+from megabagel.checkpoint.misfit import misfits
 from megabagel.checkpoint.saver import Job, Saver
 from megabagel.checkpoint.torch_dist import TorchDist
 from megabagel.checkpoint.torch_dist_writer import COMMON
@@ -81,16 +82,19 @@ def load(
     model_chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     ema: ema_state.Average | None,
+    *,
+    verify: bool = True,
 ) -> RunState | None:
     """Continue from the newest whole checkpoint of `run_dir`; None on all ranks when it has none.
 
-    A damaged checkpoint is passed over with an error in the log, and the one before it is taken. Raises CheckpointError
-    on all ranks when the newest whole one does not fit the model, naming the tensors, or when every one is damaged.
+    A damaged checkpoint is passed over with an error in the log, and the one before it is taken; `verify`: the content
+    of all files is compared with their checksums first. Raises CheckpointError on all ranks when the newest whole one
+    does not fit the model, naming the tensors, or when every one is damaged.
     """
     steps = _from_rank_0(lambda: folder.steps_to_try(run_dir))
     for step in steps:
         source = folder.step_folder(run_dir, step)
-        fault = _from_rank_0(lambda source=source: folder.damage(source))
+        fault = integrity.damage(source, checksums=verify)
         if fault is None:
             fault, state = _attempt(source, model_chunks, optimizer, ema)
             if fault is None:
@@ -177,23 +181,12 @@ def _check(mine: dict[str, tuple[int, ...]], tensors: TorchDist) -> None:
     dist.all_gather_object(of_ranks, mine)
     expected = {key: shape for rank in of_ranks for key, shape in rank.items()}
     found = tensors.shapes
-    faults = [f"{key} is missing (expected {shape})" for key, shape in expected.items() if key not in found]
-    faults += [
-        f"{key} has shape {found[key]} (expected {shape})"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    skips_ema = not any(key.startswith(ema_state.PREFIX) for key in expected)
-    faults += [
-        f"{key} {shape} is not part of the model (nothing expected)"
-        for key, shape in found.items()
-        if key not in expected and not (skips_ema and key.startswith(ema_state.PREFIX))
-    ]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+    if not any(key.startswith(ema_state.PREFIX) for key in expected):
+        found = {key: shape for key, shape in found.items() if not key.startswith(ema_state.PREFIX)}
+    if faults := misfits(expected, found):
         raise CheckpointError(
-            f"checkpoint {tensors.source} does not fit this model: {'; '.join(sorted(faults)[:5])}{more}; use the "
-            "model and freezing settings that it was saved with, or start in another checkpoint.run_dir"
+            f"checkpoint {tensors.source} does not fit this model: {faults}; use the model and "
+            "freezing settings that it was saved with, or start in another checkpoint.run_dir"
         )
 
 

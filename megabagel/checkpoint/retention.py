@@ -29,6 +29,9 @@ class Keep:
         return cls(config.keep_last, config.keep_every, config.keep_best, config.best_metric)
 
 
+EVERYTHING = Keep()
+
+
 def superfluous(checkpoints: Mapping[int, Mapping[str, float]], keep: Keep) -> list[int]:
     """Steps that no rule of `keep` holds, oldest first; `checkpoints`: the metrics of every whole one by step.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabagel.checkpoint import folder
+from megabagel.checkpoint import folder, lock, retention
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.pieces import Piece
 from megabagel.checkpoint.torch_dist_writer import PieceWriter, Written, finish
@@ -43,11 +43,12 @@ class Saver:
 
     `background`: `save` returns as soon as the state is copied, into memory that is kept for the next time, and the
     rest happens in a thread with a process group of its own. Otherwise nothing is copied and it returns when the
-    checkpoint is on disk and the newest.
+    checkpoint is on disk and the newest. `keep`: which older ones stay then.
     """
 
-    def __init__(self, background: bool):
+    def __init__(self, background: bool, keep: retention.Keep = retention.EVERYTHING):
         self.background = background
+        self._keep = keep
         self._group: dist.ProcessGroup | None = None  # None: the default group
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -95,7 +96,7 @@ class Saver:
 
     def _run(self, job: Job, begin: float) -> None:
         try:
-            size = _write(job, self._group)
+            size = _write(job, self._group, self._keep)
         except BaseException as error:  # the main thread raises it
             self._failure = error
             return
@@ -133,14 +134,14 @@ def _source(piece: Piece) -> tuple:
     return piece.data.data_ptr(), piece.data.shape, piece.data.stride(), piece.data.dtype, piece.stored_dtype
 
 
-def _write(job: Job, group: dist.ProcessGroup | None) -> int:
+def _write(job: Job, group: dist.ProcessGroup | None, keep: retention.Keep) -> int:
     """Write a checkpoint together with all ranks of `group`; returns its bytes on rank 0 (0 elsewhere).
 
     Raises CheckpointError on all ranks when something fails on one.
     """
     rank, writes = dist.get_rank(), dist.get_rank() == 0
     sizes = _gather(sum(piece.nbytes for piece in job.pieces), group)
-    fault = _fault(lambda: folder.begin(job.run_dir, job.step, sum(sizes)), job)[0] if writes else None
+    fault = _fault(lambda: _begin(job, sum(sizes)), job)[0] if writes else None
     _raise_everywhere(fault, group)
     partial = folder.partial_folder(job.run_dir, job.step)
     fault, mine = _fault(lambda: PieceWriter(partial, rank).write(job.pieces, job.objects), job)
@@ -148,16 +149,22 @@ def _write(job: Job, group: dist.ProcessGroup | None) -> int:
     if writes:
         fault = next((fault for fault, _ in reports if fault is not None), None)
         if fault is None:
-            fault = _fault(lambda: _finish(job, partial, [written for _, written in reports]), job)[0]
+            fault = _fault(lambda: _finish(job, partial, [written for _, written in reports], keep), job)[0]
         if fault is not None:
             folder.abandon(job.run_dir, job.step)
     _raise_everywhere(fault, group)
     return sum(sizes) if writes else 0
 
 
-def _finish(job: Job, partial: Path, written: list[Written]) -> None:
+def _begin(job: Job, needed_bytes: int) -> None:
+    lock.check_owned(job.run_dir)
+    folder.begin(job.run_dir, job.step, needed_bytes)
+
+
+def _finish(job: Job, partial: Path, written: list[Written], keep: retention.Keep) -> None:
     files = finish(partial, written, job.common)
     folder.finish(job.run_dir, job.step, files, job.metrics)
+    retention.apply(job.run_dir, keep)
 
 
 def _fault(action: object, job: Job) -> tuple[str | None, object]:

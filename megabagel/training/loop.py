@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megabagel.checkpoint import distributed as checkpoint
+from megabagel.checkpoint.retention import Keep
 from megabagel.checkpoint.saver import Saver
 from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config
@@ -52,7 +53,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.checkpoint.best_metric, self.config.validation.patience)
-        self.saver = Saver(self.config.checkpoint.async_save)
+        self.saver = Saver(self.config.checkpoint.async_save, Keep.of(self.config.checkpoint))
 
     def run(self) -> None:
         """Train up to `training.train_steps`, or to the end of the data, then write the last checkpoint."""
@@ -190,7 +191,8 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder; False when there is none."""
-        state = checkpoint.load(self.config.checkpoint.run_dir, self.stages, self.optimizer, self.ema)
+        wanted = self.config.checkpoint
+        state = checkpoint.load(wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify)
         if state is None:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
