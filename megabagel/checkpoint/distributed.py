@@ -77,6 +77,11 @@ def save(
     return folder.step_folder(run_dir, step)
 
 
+def exists(run_dir: str | Path) -> bool:
+    """Whether `load` has a checkpoint to try; all ranks call it."""
+    return bool(_from_rank_0(lambda: folder.steps_to_try(run_dir)))
+
+
 def load(
     run_dir: str | Path,
     model_chunks: Sequence[DistributedDataParallel],

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.names import LM_HEAD, Rule, import_shard, rule_for
+from megabagel.checkpoint.names import LM_HEAD, Rule, fill_shard, rule_for
 from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.checkpoint.upcycling import Upcycled, check_experts, dense_twin
@@ -68,6 +68,7 @@ def stage_rules(stage: Bagel) -> dict[str, Rule]:
 def load_weights(stages: Sequence[Bagel], source: AnySource) -> None:
     """Fill every parameter of this rank's stages; every rank must call it.
 
+    Besides the parameters, a rank holds one slice of one tensor at a time.
     Raises CheckpointError on the first tensor that is missing or has another shape.
     """
     model = stages[0].model_config
@@ -78,16 +79,20 @@ def load_weights(stages: Sequence[Bagel], source: AnySource) -> None:
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     for stage, of_stage in zip(stages, rules, strict=True):
         for name, parameter in stage.named_parameters():
-            _fill(parameter, import_shard(source, of_stage[name], tp_rank, tp_size))
+            if hasattr(parameter, "get_high_precision_init_val"):
+                _fill_fp8(parameter, source, of_stage[name], tp_rank, tp_size)
+            else:
+                fill_shard(parameter, source, of_stage[name], tp_rank, tp_size)
     if isinstance(source, Upcycled) and source.has_copied and dist.get_rank() == 0:
         logger.warning(f"{source.folder} has dense MLPs: sparse experts start as copies of them, with new routers")
 
 
-def _fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
+def _fill_fp8(parameter: torch.Tensor, source: AnySource, rule: Rule, tp_rank: int, tp_size: int) -> None:
+    """A parameter kept in FP8: the optimizer's main parameter starts from the unrounded copy of it."""
+    value = torch.empty(parameter.shape)
+    fill_shard(value, source, rule, tp_rank, tp_size)
     parameter.copy_(value)
-    if hasattr(parameter, "get_high_precision_init_val"):
-        # a parameter kept in FP8: the optimizer's main parameter starts from this unrounded copy of it
-        parameter.get_high_precision_init_val().copy_(value)
+    parameter.get_high_precision_init_val().copy_(value)
 
 
 def _check_tables(source: AnySource, model: ModelConfig) -> None:

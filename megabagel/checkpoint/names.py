@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from megabagel.config.schema import ModelConfig
@@ -140,15 +139,18 @@ def _row(rows: tuple[_Row, ...], name: str, parameter: str) -> tuple[re.Match, t
     raise KeyError(f"megabagel/checkpoint/names.py has no row for the parameter {parameter}")
 
 
-def import_shard(source: Source, rule: Rule, tp_rank: int, tp_size: int) -> Tensor:
-    """This tensor-parallel rank's parameter, assembled from the slices of the released tensors that it needs."""
-    shards = []
+def fill_shard(out: Tensor, source: Source, rule: Rule, tp_rank: int, tp_size: int) -> None:
+    """Fill this tensor-parallel rank's parameter, contiguous, from the slices of the released tensors that it needs.
+
+    Types are converted. One slice is in memory at a time, besides `out`.
+    """
+    blocks, begin = out.unflatten(0, (rule.blocks, -1)), 0
     for name, shape in zip(rule.names, rule.shapes, strict=True):
         size = 0 if rule.tp_dim is None else shape[rule.tp_dim] // tp_size
-        shards.append(source.read(name, shape, rule.tp_dim, tp_rank * size, (tp_rank + 1) * size))
-    if len(shards) == 1:
-        return shards[0]
-    return torch.cat([s.unflatten(0, (rule.blocks, -1)) for s in shards], dim=1).flatten(0, 1)
+        part = source.read(name, shape, rule.tp_dim, tp_rank * size, (tp_rank + 1) * size)
+        part = part.unflatten(0, (rule.blocks, -1))
+        blocks[:, begin : begin + part.shape[1]] = part
+        begin += part.shape[1]
 
 
 def export_shard(tensor: Tensor, rule: Rule) -> dict[str, tuple[Tensor, int | None]]:

@@ -5,7 +5,7 @@ It joins the name map (`names.py`) with the reader of single tensors (`torch_dis
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from megabagel.checkpoint.ema import PREFIX as EMA
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import Rule, export_shard, rule_for
+from megabagel.checkpoint.pieces import Piece
 from megabagel.checkpoint.torch_dist import TorchDist, checkpoint_folder
 from megabagel.config.schema import ModelConfig
 
@@ -108,5 +109,26 @@ class TorchDistSource:
                 f"tensor {name} in {self.folder} has shape {list(found)}, but the configured model expects "
                 f"{list(shape)}; use the model settings that it was saved with"
             )
-        whole = self.export(self._by_name[name])[name]
-        return whole if dim is None else whole.narrow(dim, start, stop - start)
+        rows = (start, stop) if dim == 0 else (0, shape[0])
+        lengths = [rows[1] - rows[0], *shape[1:]]
+        if dim == 1:
+            lengths[1] = stop - start
+        out = torch.empty(lengths, dtype=self.dtype(name))
+        self._tensors.read_into(self._pieces(name, out, rows[0], start if dim == 1 else 0))
+        return out
+
+    def _pieces(self, name: str, out: Tensor, row: int, column: int) -> Iterator[Piece]:
+        """The rectangles of a stored parameter that make up `out`, the part of a released tensor from (row, column) on.
+
+        Each block of the parameter's rows has some of the released tensor's.
+        """
+        stored = self._by_name[name]
+        rule, place = stored.rule, stored.rule.names.index(name)
+        heights = [shape[0] // rule.blocks for shape in rule.shapes]
+        for block in range(rule.blocks):
+            first = block * heights[place]  # row of the released tensor with which its part of the block begins
+            low, high = max(row, first), min(row + len(out), first + heights[place])
+            if low < high:
+                offsets = [block * sum(heights) + sum(heights[:place]) + low - first, column, *[0] * out.dim()]
+                data = out[low - row : high - row][(None,) * len(stored.index)]
+                yield Piece(stored.key, self._tensors.shapes[stored.key], (*stored.index, *offsets[: out.dim()]), data)

@@ -145,13 +145,15 @@ class Scratch:
     def _normal(self, name: str, shape: Shape, start: int, stop: int) -> Tensor:
         width = torch.Size(shape[1:]).numel()
         step = max(1, _CHUNK // width)
-        parts = []
+        out, filled = torch.empty((stop - start, *shape[1:])), 0
         for chunk in range(start // step, -(-stop // step)):
             first = chunk * step
             rows = min(step, shape[0] - first)
             drawn = torch.from_numpy(rng.normal(self.seed, f"weights {name}", (chunk,), (rows, *shape[1:])))
-            parts.append(drawn[max(start - first, 0) : stop - first])
-        return torch.cat(parts) * self.std
+            part = drawn[max(start - first, 0) : stop - first]
+            torch.mul(part, self.std, out=out[filled : filled + len(part)])
+            filled += len(part)
+        return out
 
 
 class Pretrained:

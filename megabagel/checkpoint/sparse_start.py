@@ -16,7 +16,7 @@ from megabagel.checkpoint import folder
 from megabagel.checkpoint.ema import PREFIX as EMA
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.given_weights import GivenWeights, open_weights
-from megabagel.checkpoint.names import import_shard
+from megabagel.checkpoint.names import fill_shard
 from megabagel.checkpoint.own_keys import own_shapes
 from megabagel.checkpoint.pieces import Piece, Place
 from megabagel.checkpoint.released import Stored, TorchDistSource, stored_parameters
@@ -174,7 +174,8 @@ def _pieces(plan: Plan, batch: list[tuple[str, Entry]]) -> Iterator[Piece]:
         same = (prefix, stored.key, stored.index[:1], entry.dense)
         if same != last:  # the experts of a layer are equal
             source = Upcycled(plan.sets[prefix][0].source, scratch)
-            last, value = same, import_shard(source, stored.rule, 0, 1).to(entry.dtype)
+            last, value = same, torch.empty(plan.shapes[stored.key][len(stored.index) :], dtype=entry.dtype)
+            fill_shard(value, source, stored.rule, 0, 1)
         yield from _place(prefix, plan.shapes[stored.key], stored, value).whole(value)
 
 

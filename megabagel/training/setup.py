@@ -4,7 +4,9 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from megabagel.checkpoint import folder, integrity
+from megabagel.checkpoint import distributed as checkpoint
+from megabagel.checkpoint import integrity
+from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import GroupConfig, load_dataset_groups
 from megabagel.config.folder import is_checkpoint
@@ -17,6 +19,7 @@ from megabagel.data.reader import Reader
 from megabagel.data.stored import StoredLatents, stored_kinds
 from megabagel.data.text import Tokenizer
 from megabagel.models.autoencoder import Autoencoder, load_autoencoder
+from megabagel.models.bagel import Bagel
 from megabagel.models.build import DTYPES, build_stages
 from megabagel.models.vision import VisionTower, is_frozen
 from megabagel.packing.cost import CostModel
@@ -31,7 +34,7 @@ from megabagel.training.loop import Trainer
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.stored import check_stored
 from megabagel.training.validation import Validation
-from megabagel.training.wrap import wrap
+from megabagel.training.wrap import wrap_empty
 
 logger = logging.getLogger(__name__)
 
@@ -132,23 +135,28 @@ def _cost_model(config: Config, groups: dict[str, GroupConfig]) -> CostModel:
     return cost_model(config.model, latents, features)
 
 
-def _starts_from_checkpoint(config: Config) -> bool:
-    """Whether weights come from a checkpoint whose content is to be verified, and will not be replaced at once."""
-    wanted = config.checkpoint
-    resumes = wanted.auto_resume and bool(folder.steps_to_try(wanted.run_dir))
-    return bool(wanted.verify and wanted.init_from and is_checkpoint(Path(wanted.init_from))) and not resumes
-
-
-def build_trainer(config: Config, layout: Layout) -> Trainer:
-    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0."""
-    stages = build_stages(config, layout.device)
+def _fill(stages: list[Bagel], config: Config) -> None:
+    """Initial weights; the checkpoint that they come from is verified."""
     source = open_source(config)
-    if _starts_from_checkpoint(config):
+    wanted = config.checkpoint
+    if wanted.verify and wanted.init_from and is_checkpoint(Path(wanted.init_from)):
         integrity.require(source.folder)
     load_weights(stages, source)
     source.close()
+
+
+def build_trainer(config: Config, layout: Layout) -> Trainer:
+    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0.
+
+    Initial weights are read in the second case only, and only when parameters are where they will stay. Raises
+    CheckpointError, DataError, AutoencoderError and ConfigError.
+    """
+    resumes = config.checkpoint.auto_resume and checkpoint.exists(config.checkpoint.run_dir)
+    stages = build_stages(config, layout.device)
     vision = stages[0].vision if is_frozen(config.model) else None
-    stages = wrap(stages, config.parallel)
+    models, stages = stages, wrap_empty(stages, config.parallel)
+    if not resumes:
+        _fill(models, config)
     optimizer = build_optimizer(config.optimizer, config.training, config.parallel, stages)
     ema = ShardedEma(optimizer) if config.optimizer.ema_decay is not None else None
     autoencoder = None
@@ -174,6 +182,6 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
         held_out_encoder = Encoder(held_out.held_out_config(config, layout.dp_size), layout, autoencoder, vision)
         validation = Validation(config, layout, stages, ema, held_out_reader, held_out_encoder, rows)
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation)
-    if config.checkpoint.auto_resume:
-        trainer.resume()
+    if resumes and not trainer.resume():
+        raise CheckpointError(f"the checkpoints in {config.checkpoint.run_dir} went away at the start; start again")
     return trainer

@@ -46,6 +46,19 @@ def wrap(model_chunks: list[MegatronModule], parallel: ParallelConfig) -> list[D
     return chunks
 
 
+def wrap_empty(model_chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """`wrap` for chunks whose weights are still to be filled: trainable parameters are never in memory twice.
+
+    megatron-core copies each parameter into a buffer of all; here there is nothing to copy but one repeated number.
+    Parameters kept in FP8 are left to it.
+    """
+    for chunk in model_chunks:
+        for parameter in chunk.parameters():
+            if parameter.requires_grad and type(parameter.data) is torch.Tensor:
+                parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+    return wrap(model_chunks, parallel)
+
+
 def _finalize(model: list[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **options: object) -> None:
     """Sum gradients over data-parallel and, where a weight is replicated, tensor-parallel ranks; no scaling."""
     finalize_model_grads(model, None, **options)

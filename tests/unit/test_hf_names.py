@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.names import Rule, export_shard, import_shard, rule_for
+from megabagel.checkpoint.names import Rule, export_shard, fill_shard, rule_for
 from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
 from megabagel.config.schema import ModelConfig
 
@@ -77,12 +77,22 @@ PARAMETERS = {  # parameter -> whole shape in our model, released shapes
 }
 
 
-def rule_of(parameter: str, tp_size: int) -> Rule:
+def local_shape(parameter: str, tp_size: int) -> list[int]:
     shape = list(PARAMETERS[parameter][0])
     dim = rule_for(parameter, shape, 2, 1, MODEL).tp_dim
     if dim is not None:
         shape[dim] //= tp_size
-    return rule_for(parameter, shape, 2, tp_size, MODEL)
+    return shape
+
+
+def rule_of(parameter: str, tp_size: int) -> Rule:
+    return rule_for(parameter, local_shape(parameter, tp_size), 2, tp_size, MODEL)
+
+
+def filled(shape: list[int], source: Memory, rule: Rule, tp_rank: int, tp_size: int) -> torch.Tensor:
+    out = torch.full(shape, torch.nan)
+    fill_shard(out, source, rule, tp_rank, tp_size)
+    return out
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
@@ -95,7 +105,7 @@ def test_import_and_export_are_inverse_and_read_only_the_slice(parameter, tp_siz
     exported = {name: [] for name in shapes}
     for rank in range(tp_size):
         source = Memory(tensors)
-        shard = import_shard(source, rule, rank, tp_size)
+        shard = filled(local_shape(parameter, tp_size), source, rule, rank, tp_size)
         assert source.values_read == shard.numel()
         assert shard.numel() == torch.Size(whole_shape).numel() // (1 if rule.tp_dim is None else tp_size)
         for name, (part, dim) in export_shard(shard, rule).items():
@@ -110,7 +120,9 @@ def test_qkv_rows_stand_group_by_group():
     parameter = "decoder.layers.1.gen.linear_qkv.weight"
     tensors = released(PARAMETERS[parameter][1])
     q, k, v = tensors.values()
-    merged = import_shard(Memory(tensors), rule_of(parameter, 2), 1, 2)  # groups 2 and 3, two q heads each
+    merged = filled(
+        local_shape(parameter, 2), Memory(tensors), rule_of(parameter, 2), 1, 2
+    )  # groups 2 and 3, two q heads each
     assert torch.equal(merged[: 2 * HEAD], q[4 * HEAD : 6 * HEAD])
     assert torch.equal(merged[2 * HEAD : 3 * HEAD], k[2 * HEAD : 3 * HEAD])
     assert torch.equal(merged[3 * HEAD : 4 * HEAD], v[2 * HEAD : 3 * HEAD])

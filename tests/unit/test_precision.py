@@ -13,6 +13,7 @@ import torch
 
 from megabagel.checkpoint import hf
 from megabagel.checkpoint.hf import stage_rules
+from megabagel.checkpoint.names import Rule
 from megabagel.config.checks import ConfigError, check_model
 from megabagel.config.precision import RECIPES, rows_per_tile
 from megabagel.config.schema import Config, KernelConfig, ParallelConfig
@@ -234,8 +235,9 @@ def test_rows_that_travel_to_their_mlp_are_padded():
 def test_an_fp8_parameter_keeps_the_unrounded_value_for_the_optimizer():
     weight, kept = torch.nn.Parameter(torch.zeros(3)), torch.full((3,), torch.nan)
     weight.get_high_precision_init_val = lambda: kept
+    source = mock.Mock(read=lambda *_: torch.tensor([1.0, 2.0, 3.0]))
     with torch.no_grad():
-        hf._fill(weight, torch.tensor([1.0, 2.0, 3.0]))
+        hf._fill_fp8(weight, source, Rule(("norm.weight",), ((3,),), None, 1), 0, 1)
     assert kept.tolist() == weight.tolist() == [1, 2, 3]
 
 

@@ -11,9 +11,14 @@ def _kilobytes(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+) kB", _STATUS.read_text())[1])
 
 
+def resident() -> float:
+    """MiB that are resident now."""
+    return _kilobytes("VmRSS") / 1024
+
+
 def peak_memory(work: Callable[[], None]) -> float:
     """MiB that `work` adds at its peak to what was resident before."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _kilobytes("VmRSS")
+    before = resident()
     work()
-    return (_kilobytes("VmHWM") - before) / 1024
+    return _kilobytes("VmHWM") / 1024 - before

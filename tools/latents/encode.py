@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megabagel.checkpoint.hf import open_source
-from megabagel.checkpoint.names import import_shard, rule_for
+from megabagel.checkpoint.names import fill_shard, rule_for
 from megabagel.config.datasets import GroupConfig
 from megabagel.config.paths import autoencoder_path, tokenizer_path
 from megabagel.config.schema import Config
@@ -97,7 +97,7 @@ def load_tower(config: Config) -> VisionTower:
     tower = VisionTower(config.model.vit, DTYPES[config.training.params_dtype]).requires_grad_(False).eval()
     source = open_source(config)
     for name, weight in tower.named_parameters():
-        weight.copy_(import_shard(source, rule_for(f"vision.{name}", weight.shape, 0, 1, config.model), 0, 1))
+        fill_shard(weight, source, rule_for(f"vision.{name}", weight.shape, 0, 1, config.model), 0, 1)
     source.close()
     return tower
 

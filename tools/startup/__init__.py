@@ -1,0 +1,1 @@
+"""What `bench_startup.py` runs on its ranks and how it counts bytes."""
