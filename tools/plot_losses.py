@@ -1,4 +1,4 @@
-"""Draws the curves of a run from its metrics.jsonl into RUN_DIR/losses.png.
+"""Draws the curves of a run from its metrics.jsonl into RUN_DIR/losses.png, held-out losses with them.
 
 Example: python tools/plot_losses.py runs/demo
 """
@@ -19,6 +19,12 @@ PANELS = (
     ("grad_norm", "gradient norm before clipping"),
     ("lr", "learning rate"),
 )
+HELD_OUT = (("validation/", "held out", "tab:orange"), ("validation/ema/", "held out, average", "tab:green"))
+
+
+def points_of(records: list[dict], name: str) -> list[tuple[int, float]]:
+    """Step and value where there is one."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -38,7 +44,7 @@ def plot(run_dir: Path, output: Path) -> None:
         raise SystemExit(f"{run_dir}/metrics.jsonl holds no step yet; try again once the run has done one.")
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True, layout="constrained")
     for axis, (name, title) in zip(axes.flat, PANELS, strict=True):
-        points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+        points = points_of(records, name)
         axis.set_title(title, fontsize=10, loc="left")
         axis.grid(alpha=0.3)
         if not points:
@@ -46,7 +52,11 @@ def plot(run_dir: Path, output: Path) -> None:
             continue
         steps, values = map(list, zip(*points, strict=True))
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axis.plot(steps, smoothed(values), color="tab:blue", linewidth=1.8)
+        axis.plot(steps, smoothed(values), color="tab:blue", linewidth=1.8, label="training")
+        for prefix, label, color in HELD_OUT:
+            if held_out := points_of(records, prefix + name):
+                axis.plot(*zip(*held_out, strict=True), "o-", color=color, markersize=4, linewidth=1, label=label)
+                axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
     figure.suptitle(f"{run_dir.resolve().name}: {len(records)} steps")

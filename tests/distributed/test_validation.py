@@ -21,11 +21,10 @@ LIMIT = 300.0
 LAYOUTS = (
     "1 process, full recompute",
     "TP2+SP, selective recompute",
-    "TP2",
     "CP2",
+    "PP2",
     "PP2 x VP2 x DP2, overlap",
     "TP2 x EP2, sparse",
-    "TP2+SP x CP2 x PP2",
 )
 TOLERANCE = 1e-5
 

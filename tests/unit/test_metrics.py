@@ -110,6 +110,23 @@ def test_console_and_tensorboard_follow_the_interval_and_the_file_does_not(tmp_p
     assert len(read_metrics(tmp_path)) == 5
 
 
+def test_a_validation_is_shown_whenever_it_happens(tmp_path, capsys):
+    measured = {f"validation/{name}": 1.5 for name in ("loss", "ce", "perplexity")} | {"validation/mse": None}
+    writer = MetricsWriter(tmp_path, config_with(log_interval=2), start_step=0, train_steps=9)
+    for step in (1, 2, 3):
+        writer.write(step, values(step) | (measured if step == 3 else {}))
+    writer.close()
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "step 2/9",
+        "validation after step 3",
+    ]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("validation/perplexity")] == [(3, 1.5)]
+    assert "validation/mse" not in events.Tags()["scalars"]
+    assert read_metrics(tmp_path)[2]["validation/mse"] is None
+
+
 def test_the_console_line_has_a_dash_for_what_was_not_measured():
     line = Console(0, 100, progress_bar=True).line(3, values(3))
     assert line.startswith(
