@@ -18,7 +18,7 @@ from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.errors import ConfigError
 from megabagel.data.faults import DataError, DataFault
 from megabagel.data.images import decode
-from megabagel.inference import Generator, load
+from megabagel.inference import FlowSettings, Generator, TextSettings, load
 from megabagel.inference.options import flow_settings, parser, text_settings
 from megabagel.inference.png import save_png
 from megabagel.models.autoencoder import AutoencoderError
@@ -28,8 +28,11 @@ from megabagel.runtime import distributed, failure
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__).parse_args(argv)
     with failure.guard(ConfigError, DataError, DataFault, CheckpointError, AutoencoderError):
+        if options.samples < 1:
+            raise ConfigError(f"--samples {options.samples} asks for nothing; it must be at least 1.")
         if options.turns and options.out is None:
             raise ConfigError("--turns makes pictures: say with --out where they go.")
+        text, flow = text_settings(options), flow_settings(options)
         shown = [decode(path) for path in options.image]
         bagel = load(
             options.model,
@@ -38,16 +41,17 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer=options.tokenizer,
             autoencoder=options.autoencoder,
         )
-        samples = respond(bagel, [*shown, options.prompt], options)
+        samples = respond(bagel, [*shown, options.prompt], text, flow, options)
         if dist.get_rank() == 0:
             write(samples, options)
         distributed.destroy()
 
 
-def respond(bagel: Generator, prompt: list, options: argparse.Namespace) -> list[list]:
+def respond(
+    bagel: Generator, prompt: list, text: TextSettings, flow: FlowSettings, options: argparse.Namespace
+) -> list[list]:
     """The texts and pictures of every sample."""
     prompts = [prompt] * options.samples
-    text, flow = text_settings(options), flow_settings(options)
     common = {"seeds": seeds(options), "system_prompt": options.system_prompt}
     if options.out is None:
         return [[answer] for answer in bagel.answers(prompts, text, think=options.think, **common)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from megabagel.config.errors import ConfigError
 from megabagel.inference.context import Context
 from megabagel.inference.guidance import Guidance, guide
 from megabagel.inference.network import Network
@@ -24,6 +25,12 @@ class FlowSettings:
     num_timesteps: int = 50  # times from 1 to 0, so one step less
     timestep_shift: float = 3.0  # above 1: smaller steps while there is much noise
     guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 2:
+            raise ConfigError(f"num_timesteps {self.num_timesteps} is too small: a picture takes at least 2 times.")
+        if not self.timestep_shift > 0:
+            raise ConfigError(f"timestep_shift {self.timestep_shift} must be above 0; 1 changes nothing.")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 length. Pure functions of one picture's velocities."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
+
+from megabagel.config.errors import ConfigError
 
 Renorm = Literal["global", "channel", "text_channel"]
 
@@ -20,6 +22,12 @@ class Guidance:
     # after guidance by text only
     renorm: Renorm = "global"
     renorm_min: float = 0.0  # the least factor that a length is multiplied by
+
+    def __post_init__(self) -> None:
+        if self.renorm not in get_args(Renorm):
+            raise ConfigError(f"renorm {self.renorm} is unknown: allowed are {', '.join(get_args(Renorm))}.")
+        if not 0 <= self.renorm_min <= 1:
+            raise ConfigError(f"renorm_min {self.renorm_min} is a factor: from 0 to 1.")
 
     def acts_at(self, time: float) -> bool:
         """Whether there is guidance at this time."""

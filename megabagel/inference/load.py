@@ -50,7 +50,10 @@ def load(
         initialize(config.parallel, config.training.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     words = Tokenizer(tokenizer_path(config))
-    geometry = geometry_of(config.model, words.special)
+    try:
+        geometry = geometry_of(config.model, words.special)
+    except ValueError as error:
+        raise ConfigError(f"{words.folder} does not belong to {folder}: {error}.") from None
     (stage,) = build_stages(config, device)
     source = open_source(config)
     load_weights([stage], source)

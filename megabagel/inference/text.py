@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megabagel.config.errors import ConfigError
 from megabagel.inference.context import Context
 from megabagel.inference.network import Network
 from megabagel.runtime import rng
@@ -21,6 +22,14 @@ class TextSettings:
     max_tokens: int = 512
     temperature: float = 0.0  # 0: always the most likely token
     top_p: float = 1.0  # only the most likely tokens that together reach this probability
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens {self.max_tokens} is too small: a text may have at least 1 token.")
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature {self.temperature} must be at least 0, which always takes the likeliest.")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} is a probability: from 0 to 1.")
 
 
 def choose(logits: Tensor, settings: TextSettings, seed: int, number: int) -> int:

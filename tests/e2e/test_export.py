@@ -21,6 +21,8 @@ from megabagel.checkpoint.released import TorchDistSource
 from megabagel.checkpoint.torch_dist import checkpoint_folder
 from megabagel.config.folder import read_model_config
 from megabagel.config.schema import ModelConfig
+from megabagel.inference import FlowSettings, TextSettings, load
+from megabagel.runtime import distributed
 from tests.distributed.launch import launch_ok
 from tests.tiny_data import CHECKPOINT, training_options, write_data
 
@@ -173,6 +175,18 @@ def test_inspection_compares_tensor_by_tensor(run_dir, tmp_path, capsys):
     assert code == 1 and "llm2vae.bias holds 1 values that are not finite" in text
     code, text = inspect(capsys, tmp_path)
     assert code == 1 and text.startswith("error: ")
+
+
+def test_a_checkpoint_generates_what_its_folder_does(run_dir):
+    writing, drawing = TextSettings(max_tokens=6), FlowSettings(num_timesteps=3)
+    try:
+        models = [load(run_dir, load_ema=False), load(CHECKPOINT)]
+        answers = [model.answers(["How many?"], writing) for model in models]
+        drawn = [model.pictures(["A house"], drawing, height=32, width=48)[0].image for model in models]
+    finally:
+        distributed.destroy()
+    assert answers[0] == answers[1] != [""]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
 def test_what_does_not_fit_is_one_sentence(run_dir, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.errors import ConfigError
 from megabagel.inference import FlowSettings, Generator, Guidance, TextSettings, load
 from megabagel.inference.guidance import guide
@@ -20,6 +21,7 @@ from megabagel.inference.load import inference_config
 from megabagel.inference.network import Network
 from megabagel.inference.rows import picture
 from megabagel.inference.text import choose
+from megabagel.models.build import build_stages
 from megabagel.models.flow import FlowTokens, flow_times
 from megabagel.models.routing import route
 from megabagel.packing.chunk import chunk_of
@@ -129,6 +131,55 @@ def test_reading_item_by_item_equals_one_pass_of_the_training_model(bagel, conte
     found = piece_by_piece(bagel.network, contents)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"und_num_experts": 4, "gen_num_experts": 2},
+        {"layer_variant": "moe"},
+        {"layer_variant": "dense", "tie_word_embeddings": True},
+        {"visual_und": False},
+        {"visual_gen": False},
+    ],
+)
+def test_models_of_every_kind_read_item_by_item(bagel, change):
+    config = inference_config(CASE, True, None, None, None)
+    config.model, config.checkpoint.init_from = dataclasses.replace(config.model, **change), None
+    (stage,) = build_stages(config, bagel.network.device)
+    load_weights([stage], open_source(config))
+    network = Network(stage.eval(), bagel.network.geometry)
+    contents = [Content(Item("text", text_ids=[5, 6, 7]), cuts=(2,))]
+    generator = torch.Generator().manual_seed(0)
+    if config.model.visual_und:
+        item = Item("vit_image", size=(28, 42))
+        contents.append(Content(item, (2, 3), torch.randn(6, 588, generator=generator)))
+    if config.model.visual_gen:
+        values = torch.randn(6, 16, generator=generator)
+        contents += [
+            Content(Item("vae_image", loss=noised, size=(32, 48)), (2, 3), values, 0.5) for noised in (False, True)
+        ]
+    contents.append(Content(Item("text", text_ids=[8])))
+    expected = of_one_pass(network, contents)
+    for ours, theirs in zip(piece_by_piece(network, contents), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TextSettings(max_tokens=0), "max_tokens 0 .* at least 1"),
+        (lambda: TextSettings(temperature=-1.0), "temperature -1.0 .* at least 0"),
+        (lambda: TextSettings(top_p=1.5), "top_p 1.5 .* from 0 to 1"),
+        (lambda: FlowSettings(num_timesteps=1), "num_timesteps 1 .* at least 2"),
+        (lambda: FlowSettings(timestep_shift=0.0), "timestep_shift 0.0 .* above 0"),
+        (lambda: Guidance(renorm_min=2.0), "renorm_min 2.0 .* from 0 to 1"),
+        (lambda: Guidance(renorm="none"), "renorm none .* global, channel, text_channel"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_sentence(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def grey(height: int, width: int, value: int) -> Image.Image:
