@@ -54,20 +54,26 @@ def begin(run_dir: str | Path, step: int, needed_bytes: int = 0) -> Path:
         settle(run_dir)
         partial = partial_folder(run_dir, step)
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(run_dir).free
     except OSError as error:
         raise CheckpointError(
             f"checkpoint.run_dir {run_dir}: the checkpoint after step {step} cannot be written there "
             f"({error.strerror}: {error.filename}); make the folder writable or choose another one"
         ) from None
-    if free < needed_bytes:
+    if fault := shortage(run_dir, f"the checkpoint after step {step}", needed_bytes):
         partial.rmdir()
-        raise CheckpointError(
-            f"checkpoint.run_dir {run_dir}: the checkpoint after step {step} needs {_size(needed_bytes)}, but only "
-            f"{_size(free)} are free on that disk; free space there (checkpoint.keep_last limits how many checkpoints "
-            "stay) or choose another folder"
-        )
+        raise CheckpointError(fault)
     return partial
+
+
+def shortage(run_dir: str | Path, what: str, needed_bytes: int) -> str | None:
+    """The sentence to stop with when fewer than `needed_bytes` are free in `run_dir`, which is there, for `what`."""
+    free = shutil.disk_usage(run_dir).free
+    if free >= needed_bytes:
+        return None
+    return (
+        f"checkpoint.run_dir {run_dir}: {what} needs {_size(needed_bytes)}, but only {_size(free)} are free on that "
+        "disk; free space there (checkpoint.keep_last limits how many checkpoints stay) or choose another folder"
+    )
 
 
 def finish(

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from megabagel.checkpoint import distributed as checkpoint
-from megabagel.checkpoint import integrity
+from megabagel.checkpoint import integrity, space
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.hf import load_weights, open_source
 from megabagel.config.datasets import GroupConfig, load_dataset_groups
@@ -184,4 +184,6 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation)
     if resumes and not trainer.resume():
         raise CheckpointError(f"the checkpoints in {config.checkpoint.run_dir} went away at the start; start again")
+    if config.checkpoint.save_interval and trainer.step < config.training.train_steps:
+        space.check(config.checkpoint.run_dir, optimizer, ema is not None)
     return trainer

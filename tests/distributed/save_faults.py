@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megabagel.checkpoint import distributed as checkpoint
-from megabagel.checkpoint import folder
+from megabagel.checkpoint import folder, space
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.lock import own
 from megabagel.checkpoint.retention import Keep
@@ -133,7 +133,7 @@ def _hurt(path: Path, kind: str) -> Iterator[None]:
 def fail_then_save(run_dir: str, how: str, background: bool) -> dict[str, object]:
     """Save step 1; step 2 fails by `how` (see `_failing`) on some rank; then it works again.
 
-    -> what each save said, and which folders were there after the failure.
+    -> what a start said then and what the save said, and which folders were there after the failure.
     """
     run, saver = Known(), Saver(background=background)
     run.become(1)
@@ -141,6 +141,7 @@ def fail_then_save(run_dir: str, how: str, background: bool) -> dict[str, object
     saver.wait()
     run.become(2)
     with _failing(how, Path(run_dir)):
+        start = _said(lambda: space.check(run_dir, run.optimizer, True))
         said = _said(lambda: (run.save_to(run_dir, saver), saver.wait()))
     dist.barrier()
     left = sorted(p.name for p in Path(run_dir).iterdir())
@@ -148,7 +149,7 @@ def fail_then_save(run_dir: str, how: str, background: bool) -> dict[str, object
     run.become(3)
     run.save_to(run_dir, saver)
     saver.wait()
-    return {"said": said, "left": left, "resumed": resumed, "then": run.resume(run_dir)}
+    return {"start": start, "said": said, "left": left, "resumed": resumed, "then": run.resume(run_dir)}
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ def test_a_write_that_fails_on_one_rank_stops_all_with_one_sentence(pair, tmp_pa
     ranks = pair.run(save_faults.fail_then_save, str(run_dir), "limit", background, processes=2, limit=LIMIT)
     for found in ranks:
         assert "the checkpoint after step 2 could not be written by rank 1 (File too large" in found["said"]
+        assert found["start"] == "nothing"
         assert found["left"] == ["iter_0000001", folder.LATEST]
         assert (found["resumed"], found["then"]) == (1, 3)
 
@@ -82,6 +83,7 @@ def test_a_full_disk_stops_the_save_before_or_in_its_middle(pair, small_disk, ho
     said = {"full before": "but only 0.02 MiB are free", "full after": "(No space left on device"}[how]
     for found in ranks:
         assert "checkpoint after step 2" in found["said"] and said in found["said"]
+        assert (said in found["start"]) == (how == "full before")
         assert found["left"] == ["iter_0000001", folder.LATEST]
         assert (found["resumed"], found["then"]) == (1, 3)
 
