@@ -92,8 +92,8 @@ def test_help_explains_every_commented_field_and_shows_an_example(capsys):
         ("model: {hidden_size: [}", "is not valid YAML: while parsing"),
         (
             "- 1",
-            "must hold groups of settings (model, parallel, data, optimizer, training, kernels, checkpoint, validation, "
-            "logging)",
+            "must hold groups of settings (model, parallel, data, optimizer, training, kernels, checkpoint, "
+            "validation, logging)",
         ),
         ({"model": {"hidden_size": "abc"}}, 'setting "model.hidden_size": expected int, found abc'),
         ({"model": {"layer_variant": "x"}}, "setting \"model.layer_variant\": expected one of ['mot', 'moe', 'dense']"),
