@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from megabagel.checkpoint import distributed as checkpoint
 from megabagel.checkpoint import folder
 from megabagel.checkpoint.saver import Saver
-from megabagel.checkpoint.torch_dist_writer import PieceWriter, Written
+from megabagel.checkpoint.torch_dist_writer import PieceWriter
 from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from megabagel.runtime import failure
 from megabagel.runtime.distributed import Layout, destroy, initialize
@@ -246,26 +245,6 @@ def stuck(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -
     run.save(run_dir, Saver(background=True))
     run.train(1)
     raise ValueError("something else")
-
-
-def disk_full(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
-    """The last rank's disk is full in the second save, which goes on in the background."""
-    run, saver, write = Run(layout, parallel, dtype), Saver(background=True), PieceWriter.write
-
-    def write_to_full_disk(writer: PieceWriter, *arguments: object) -> Written:
-        (writer.folder / f"__{writer.rank}_{writer.number}.distcp").symlink_to("/dev/full")
-        return write(writer, *arguments)
-
-    run.train(1)
-    run.save(run_dir, saver)
-    saver.wait()
-    if layout.rank == layout.world_size - 1:
-        PieceWriter.write = write_to_full_disk
-    run.train(1)
-    run.save(run_dir, saver)
-    for _ in range(1000):
-        time.sleep(0.01)
-        saver.check()
 
 
 def killed(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
