@@ -4,9 +4,6 @@ Usage: MODE OUTPUT.json RUN_DIR TP PP [bf16]; rank 0 writes what it found to OUT
 """
 
 import json
-import os
-import shutil
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -228,11 +225,24 @@ overlap = resume
 
 
 def continue_from(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> dict:
-    """Load what another layout saved, save it again from this one, and train on."""
+    """Load what another layout saved, save it again from this one, and train on. A folder without a whole checkpoint
+    is refused, one without any is a new run's."""
     run = Run(layout, parallel, dtype)
     state = run.load(run_dir)
     copy = run_dir.with_name(f"{run_dir.name}-from-{layout.world_size}")
     run.save(copy)
+    assert checkpoint.load(copy / "empty", run.chunks, run.optimizer, run.ema) is None
+    if layout.rank == 0:
+        (copy / folder.LATEST).write_text("garbage")
+    assert run.load(copy).step == state.step
+    if layout.rank == 0:
+        (folder.step_folder(copy, run.step) / folder.FILES).unlink()
+    try:
+        run.load(copy)
+    except checkpoint.CheckpointError as error:
+        assert "none of the 1 checkpoints" in str(error)
+    else:
+        raise AssertionError("a checkpoint without its table of files was loaded")
     run.chunks[0].eval()  # dropout draws differ between layouts
     run.train(2)
     return {"records": run.records, "data_state": state.data_state, "copy": str(copy)}
@@ -245,54 +255,6 @@ def stuck(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -
     run.save(run_dir, Saver(background=True))
     run.train(1)
     raise ValueError("something else")
-
-
-def killed(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> None:
-    """Saves step 1; dies in the save of step 2 between the tensor files and the rest."""
-    run = Run(layout, parallel, dtype)
-    run.train(1)
-    run.save(run_dir)
-    run.train(1)
-    folder.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    run.save(run_dir)
-
-
-def survive(layout: Layout, parallel: ParallelConfig, run_dir: Path, dtype: str) -> dict:
-    """What `killed` left gives step 1; then damage of several kinds, and models that do not fit."""
-    run = Run(layout, parallel, dtype)
-    found = {"after_kill": run.load(run_dir).step, "partial_before": folder.partial_folder(run_dir, 2).exists()}
-    run.train(2)
-    run.save(run_dir)
-    found["partial_after"] = folder.partial_folder(run_dir, 2).exists()
-    found["newest"] = run.load(run_dir).step
-    tensors = next(folder.step_folder(run_dir, 3).glob("*.distcp"))
-    whole = tensors.read_bytes()
-    tensors.write_bytes(whole[: len(whole) // 2])
-    found["after_truncation"] = run.load(run_dir).step
-    tensors.write_bytes(b"x" * len(whole))
-    found["after_overwriting"] = run.load(run_dir).step
-    tensors.unlink()
-    found["after_removal"] = run.load(run_dir).step
-    (run_dir / folder.LATEST).write_text("garbage")
-    found["after_garbage"] = run.load(run_dir).step
-    try:
-        Run(layout, parallel, dtype, num_layers=3).load(run_dir)
-    except checkpoint.CheckpointError as error:
-        found["misfit"] = str(error)
-    other = Run(layout, parallel, dtype)
-    other.chunks[0].module.block.extra = nn.Linear(2, 2)
-    try:
-        other.load(run_dir)
-    except checkpoint.CheckpointError as error:
-        found["missing"] = str(error)
-    shutil.rmtree(folder.step_folder(run_dir, 3))
-    (folder.step_folder(run_dir, 1) / folder.FILES).unlink()
-    try:
-        run.load(run_dir)
-    except checkpoint.CheckpointError as error:
-        found["all_damaged"] = str(error)
-    found["nothing"] = run.load(run_dir / "empty")
-    return found
 
 
 if __name__ == "__main__":
