@@ -25,6 +25,7 @@ from megabagel.checkpoint.misfit import misfits
 from megabagel.checkpoint.saver import Job, Saver
 from megabagel.checkpoint.torch_dist import TorchDist
 from megabagel.checkpoint.torch_dist_writer import COMMON
+from megabagel.checkpoint.upcycling import density_fault
 from megabagel.runtime.overlap import publish_main_parameters, whole_parameters
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,8 @@ def _check(mine: dict[str, tuple[int, ...]], tensors: TorchDist) -> None:
     if not any(key.startswith(ema_state.PREFIX) for key in expected):
         found = {key: shape for key, shape in found.items() if not key.startswith(ema_state.PREFIX)}
     if faults := misfits(expected, found):
+        if kinds := density_fault(found, expected):
+            raise CheckpointError(f"checkpoint {tensors.source} does not fit this model: {kinds}")
         raise CheckpointError(
             f"checkpoint {tensors.source} does not fit this model: {faults}; use the model and "
             "freezing settings that it was saved with, or start in another checkpoint.run_dir"

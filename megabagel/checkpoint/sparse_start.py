@@ -4,6 +4,7 @@
 checkpoint of step 0, the moving average beside the weights where there is one.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from megabagel.checkpoint import folder
+from megabagel.checkpoint.bagel_folder import side_files
 from megabagel.checkpoint.ema import PREFIX as EMA
 from megabagel.checkpoint.errors import CheckpointError
+from megabagel.checkpoint.file_record import record_of, sync
 from megabagel.checkpoint.given_weights import GivenWeights, open_weights
 from megabagel.checkpoint.names import fill_shard
 from megabagel.checkpoint.own_keys import own_shapes
@@ -25,6 +28,7 @@ from megabagel.checkpoint.torch_dist_writer import PieceWriter, finish
 from megabagel.checkpoint.upcycling import Upcycled, dense_twin
 from megabagel.config.checks_experts import expert_faults
 from megabagel.config.errors import ConfigError
+from megabagel.config.folder import CARRIED, side_folder
 from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config
 
@@ -96,9 +100,26 @@ def upcycle(plan: Plan, done: Callable[[int], None] = lambda num_bytes: None) ->
     for batch in _batches(plan):
         written.append(writer.write(_pieces(plan, batch)))
         done(sum(entry.num_bytes for _, entry in batch))
-    files = finish(partial, written, {"run": _run(plan)})
-    records = {name: folder.FileRecord(record.size, record.crc32) for name, record in files.items()}
-    return folder.finish(plan.out, 0, records)
+    files = finish(partial, written, {"run": _run(plan)}) | _carry(plan, partial)
+    return folder.finish(plan.out, 0, files)
+
+
+def _carry(plan: Plan, partial: Path) -> dict[str, folder.FileRecord]:
+    """Tokenizer, autoencoder and configurations of the BAGEL folder behind the weights; their records."""
+    given = plan.sets[""][0]
+    beside = Path(side_folder(str(given.source.folder)))
+    if given.config and beside == given.source.folder:  # a run's own: its configuration says where these are
+        beside = Path(side_folder(given.config.checkpoint.init_from or "."))
+    if not (beside / "llm_config.json").is_file():
+        return {}
+    (partial / CARRIED).mkdir()
+    records = {}
+    for path in side_files(beside):
+        name = f"{CARRIED}/{path.name}"
+        shutil.copy(path, partial / name)
+        sync(partial / name)
+        records[name] = record_of(partial / name)
+    return records
 
 
 def _sets(given: Path, weights: str | None) -> dict[str, GivenWeights]:

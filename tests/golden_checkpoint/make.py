@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megabagel.checkpoint.export import export, plan_export
+from megabagel.checkpoint.export import export
+from megabagel.checkpoint.export_plan import plan_export
 from tests.tiny_data import write_data
 
 HERE = Path(__file__).parent

@@ -2,6 +2,7 @@
 
 import sys
 from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from megabagel.checkpoint.torch_dist_writer import PieceWriter
 from megabagel.checkpoint.torch_dist_writer import finish as finish_files
 from megabagel.checkpoint.upcycling import Upcycled
 from megabagel.config.errors import ConfigError
-from megabagel.config.folder import read_model_config
+from megabagel.config.folder import read_model_config, side_folder
 from megabagel.config.load import to_yaml
 from megabagel.config.schema import Config, ModelConfig, ParallelConfig, TrainingConfig
 from megabagel.runtime import distributed
@@ -62,6 +63,7 @@ def dense_run(layout, tmp_path_factory):
                 value, None if prefix else torch.bfloat16
             )
     config = Config(model, training=TrainingConfig(params_dtype="bf16"))
+    config.checkpoint.init_from = str(CHECKPOINT)
     common = {"run": {"step": 7, "counters": {}, "layout": (1, 1, 1, 1, 1), "config_yaml": to_yaml(config)}}
     finish_files(partial, [PieceWriter(partial, 0).write(pieces)], common)
     finish(run, 7, records(partial))
@@ -80,6 +82,8 @@ def test_its_folder_is_whole_and_looks_like_any_other(start, capsys):
     folder = start / "iter_0000000"
     assert damage(folder) is None and verify(folder) is None
     contents = open_contents(start)
+    names = {path.name for path in Path(side_folder(str(start))).iterdir()}
+    assert {"tokenizer.json", "ae.safetensors", "llm_config.json"} <= names and "ema.safetensors" not in names
     assert contents.facts["step"] == "0" and contents.shapes["decoder.layers.gen.mlp.router.weight"] == (4, 4, 64)
     assert upcycle_checkpoint.main(["--checkpoint", str(start), "--out", str(start / "x"), *FLAGS]) == 1
     assert "has sparse experts already" in capsys.readouterr().err
@@ -109,10 +113,11 @@ def test_each_rank_of_a_layout_reads_its_own_part(start, rank):
 
 
 def test_a_checkpoint_keeps_its_weights_average_and_types(dense_run, tmp_path):
-    told = []
+    told: list[int] = []
     plan = plan_upcycling(dense_run, tmp_path / "out", gen_num_experts=2)
     upcycle(plan, told.append)
     before, after = open_contents(dense_run), open_contents(tmp_path / "out")
+    assert (Path(side_folder(str(tmp_path / "out"))) / "tokenizer.json").is_file()
     assert sum(told) == plan.num_bytes == sum(prod(s) * after.dtypes[n].itemsize for n, s in after.shapes.items())
     for name in before.shapes.keys() & after.shapes.keys():
         assert after.dtypes[name] == before.dtypes[name] and torch.equal(after.read(name), before.read(name)), name
