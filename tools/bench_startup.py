@@ -42,6 +42,7 @@ def small_config(arguments: argparse.Namespace, layout: str, folder: Path, start
     config.model.ffn_hidden_size, config.model.vocab_size = 3 * arguments.hidden, arguments.vocab
     config.model.num_attention_heads, config.model.num_query_groups = 8, 4
     config.training.params_dtype = "bf16"
+    config.validation.interval = 0
     config.optimizer.ema_decay = 0.99
     config.parallel.tensor_model_parallel_size = 1
     for name, value in LAYOUTS[layout].items():

@@ -21,6 +21,7 @@ from megabagel.checkpoint import folder, generators, integrity
 from megabagel.checkpoint import optimizer as optimizer_state
 from megabagel.checkpoint.errors import CheckpointError, UnreadableError
 from megabagel.checkpoint.held import Held
+from megabagel.checkpoint.local import LocalCheckpoint, LocalJob, LocalStore, common_steps
 from megabagel.checkpoint.misfit import misfits
 from megabagel.checkpoint.saver import Job, Saver
 from megabagel.checkpoint.torch_dist import TorchDist
@@ -63,7 +64,41 @@ def save(
     checkpoint cannot be written.
     """
     held = Held(model_chunks, optimizer, ema)
-    run = {
+    run = _run(step, optimizer, ema, data_state, counters, config_yaml)
+    objects = {_generators_key(): generators.state(), **held.objects_to_write()}
+    common = {"run": run} if dist.get_rank() == 0 else {}
+    (saver or Saver(background=False)).save(Job(run_dir, step, held.to_write(), objects, common, metrics))
+    return folder.step_folder(run_dir, step)
+
+
+def save_locally(
+    store: LocalStore,
+    step: int,
+    model_chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    ema: ema_state.Average | None,
+    *,
+    data_state: object,
+    counters: dict[str, int],
+    config_yaml: str,
+    saver: Saver,
+) -> None:
+    """As `save`, but each rank writes what it holds itself to a disk of its own, and asks nobody."""
+    held = Held(model_chunks, optimizer, ema)
+    run = _run(step, optimizer, ema, data_state, counters, config_yaml)
+    objects = {_generators_key(): generators.state(), **held.objects_to_keep()}
+    saver.save(LocalJob(store, step, held.to_keep(), objects, run))
+
+
+def _run(
+    step: int,
+    optimizer: MegatronOptimizer,
+    ema: ema_state.Average | None,
+    data_state: object,
+    counters: dict[str, int],
+    config_yaml: str,
+) -> dict:
+    return {
         "step": step,
         "counters": counters,
         "optimizer_steps": optimizer_state.steps_done(optimizer),
@@ -72,15 +107,11 @@ def save(
         "layout": _layout(),
         "has_ema": ema is not None,
     }
-    objects = {_generators_key(): generators.state(), **held.objects_to_write()}
-    common = {"run": run} if dist.get_rank() == 0 else {}
-    (saver or Saver(background=False)).save(Job(run_dir, step, held.to_write(), objects, common, metrics))
-    return folder.step_folder(run_dir, step)
 
 
-def exists(run_dir: str | Path) -> bool:
+def exists(run_dir: str | Path, local: LocalStore | None = None) -> bool:
     """Whether `load` has a checkpoint to try; all ranks call it."""
-    return bool(_from_rank_0(lambda: folder.steps_to_try(run_dir)))
+    return bool(_from_rank_0(lambda: folder.steps_to_try(run_dir)) or (local and common_steps(local, run_dir)[0]))
 
 
 def load(
@@ -90,19 +121,30 @@ def load(
     ema: ema_state.Average | None,
     *,
     verify: bool = True,
+    local: LocalStore | None = None,
 ) -> RunState | None:
     """Continue from the newest whole checkpoint of `run_dir`; None on all ranks when it has none.
+
+    One in `local` comes first when it is newer and all ranks have it.
 
     A damaged checkpoint is passed over with an error in the log, and the one before it is taken; `verify`: the content
     of all files is compared with their checksums first. Raises CheckpointError on all ranks when the newest whole one
     does not fit the model, naming the tensors, or when every one is damaged.
     """
     steps = _from_rank_0(lambda: folder.steps_to_try(run_dir))
+    local_steps, note = common_steps(local, run_dir) if local else ([], None)
+    if note:
+        _say("%s", note)
+    for step in local_steps:
+        fault, state = _attempt(lambda step=step: _open_local(local, step), model_chunks, optimizer, ema)
+        if fault is None:
+            return state
+        _say("the local checkpoints after step %d cannot be used: one %s", step, fault)
     for step in steps:
         source = folder.step_folder(run_dir, step)
         fault = integrity.damage(source, checksums=verify)
         if fault is None:
-            fault, state = _attempt(source, model_chunks, optimizer, ema)
+            fault, state = _attempt(lambda source=source: _open_shared(source), model_chunks, optimizer, ema)
             if fault is None:
                 return state
         if dist.get_rank() == 0:
@@ -115,17 +157,27 @@ def load(
     return None
 
 
+def _open_shared(source: Path) -> tuple[TorchDist, dict]:
+    return TorchDist(source), _run_of(source)
+
+
+def _open_local(store: LocalStore, step: int) -> tuple[LocalCheckpoint, dict]:
+    checkpoint = store.read(step)
+    return checkpoint, checkpoint.run
+
+
 def _attempt(
-    source: Path,
+    open_checkpoint: Callable[[], tuple[TorchDist | LocalCheckpoint, dict]],
     model_chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     ema: ema_state.Average | None,
 ) -> tuple[str | None, RunState | None]:
     """Load one checkpoint: (None, its state), or what is wrong with it on some rank. All ranks return alike."""
-    fault, opened = _agree(lambda: (TorchDist(source), _run_of(source)))
+    fault, opened = _agree(open_checkpoint)
     if fault is not None:
         return fault, None
     tensors, run = opened
+    source = tensors.source
     if "data_state" not in run:
         raise CheckpointError(
             f"checkpoint {source} was written before replicas shared one order of the data, so its place in the data "
@@ -133,7 +185,8 @@ def _attempt(
         )
     loads_ema = ema is not None and run["has_ema"]
     held = Held(model_chunks, optimizer, ema if loads_ema else None)
-    _check(held.shapes(), tensors)
+    if isinstance(tensors, TorchDist):  # a rank's own pieces are compared when they are read
+        _check(held.shapes(), tensors)
     fault, saved_generators = _agree(lambda: _read(held, tensors, run))
     if fault is not None:
         return fault, None
@@ -157,7 +210,7 @@ def _run_of(source: Path) -> dict:
         raise UnreadableError(f"{COMMON} cannot be read ({_first_line(error)})") from None
 
 
-def _read(held: Held, tensors: TorchDist, run: dict) -> dict | None:
+def _read(held: Held, tensors: TorchDist | LocalCheckpoint, run: dict) -> dict | None:
     """Fill this rank's state; returns that of the random generators, None when it belongs to another layout."""
     with torch.no_grad():
         held.read(tensors)

@@ -15,6 +15,7 @@ from torch import Tensor
 from megabagel.checkpoint import ema as ema_state
 from megabagel.checkpoint import optimizer as optimizer_state
 from megabagel.checkpoint.ema import Average
+from megabagel.checkpoint.local import LocalCheckpoint
 from megabagel.checkpoint.pieces import Piece
 from megabagel.checkpoint.places import Placed, placed
 from megabagel.checkpoint.torch_dist import TorchDist
@@ -69,7 +70,17 @@ class Held:
     def objects_to_write(self) -> dict[str, object]:
         return {entry.key: entry.data for entry in self._objects if entry.written_here}
 
-    def read(self, source: TorchDist) -> None:
+    def to_keep(self) -> list[Piece]:
+        """All that `read` takes on this rank, whoever else has it."""
+        pieces = [piece for shard in self._shards for piece in self._state_pieces(shard)]
+        for tensor in self._frozen():
+            pieces += tensor.pieces(_plain(tensor.data).view(-1), 0)
+        return pieces
+
+    def objects_to_keep(self) -> dict[str, object]:
+        return {entry.key: entry.data for entry in self._objects}
+
+    def read(self, source: TorchDist | LocalCheckpoint) -> None:
         """Take everything but the weights that train out of a checkpoint: they follow from the main parameters.
 
         Raises UnreadableError, when some may be overwritten.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megabagel.checkpoint import folder, lock, retention
 from megabagel.checkpoint.errors import CheckpointError
+from megabagel.checkpoint.local import LocalJob
 from megabagel.checkpoint.pieces import Piece
 from megabagel.checkpoint.torch_dist_writer import PieceWriter, Written, finish
 
@@ -55,7 +56,7 @@ class Saver:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._times: dict[str, float] = {}
 
-    def save(self, job: Job) -> None:
+    def save(self, job: Job | LocalJob) -> None:
         """Start to write a checkpoint; a save that still goes on is waited for.
 
         Raises what `check` raises, and CheckpointError on all ranks when it does not work out in the foreground.
@@ -94,9 +95,9 @@ class Saver:
         """Seconds, once each: `save_blocked_time` that the last `save` took, `save_time` until it was on disk."""
         return {name: self._times.pop(name) for name in list(self._times)}
 
-    def _run(self, job: Job, begin: float) -> None:
+    def _run(self, job: Job | LocalJob, begin: float) -> None:
         try:
-            size = _write(job, self._group, self._keep)
+            size = job.write() if isinstance(job, LocalJob) else _write(job, self._group, self._keep)
         except BaseException as error:  # the main thread raises it
             self._failure = error
             return

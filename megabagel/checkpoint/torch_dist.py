@@ -75,7 +75,7 @@ class TorchDist:
     def read_object(self, key: str) -> object:
         """An object that is no tensor, by its key (`rng/shard_0_2`). It is unpickled: trust the folder. KeyError."""
         entry = self._metadata.storage_data[MetadataIndex(key)]
-        return self._load(key, entry, weights_only=False)[0]
+        return load_entry(self.source, key, entry, weights_only=False)[0]
 
     def read_into(self, pieces: Iterable[Piece]) -> None:
         """Fill the data of `pieces`, converting types; needs no more memory than one stored piece besides.
@@ -93,7 +93,7 @@ class TorchDist:
                 raise UnreadableError(f"checkpoint {self.source}: pieces of {piece.key} are missing; copy it again")
         entries = self._metadata.storage_data
         for index in sorted(wanted, key=lambda i: (entries[i].relative_path, entries[i].offset)):
-            stored = self._load(index.fqn, entries[index])
+            stored = load_entry(self.source, index.fqn, entries[index])
             for target, source in wanted[index]:
                 target.copy_(stored[source])
 
@@ -114,14 +114,16 @@ class TorchDist:
             index = MetadataIndex(key, begin.tolist())
             yield index, piece.data.detach()[_slices(low - start, high - start)], _slices(low - begin, high - begin)
 
-    def _load(self, key: str, entry: _StorageInfo, weights_only: bool = True) -> Any:
-        try:
-            with open(self.source / entry.relative_path, "rb") as file:
-                view = _create_file_view(file, entry.offset, entry.length)
-                return torch.load(view, map_location="cpu", weights_only=weights_only)
-        except Exception as error:  # a damaged file may raise anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnreadableError(f"checkpoint {self.source}: {key} cannot be read ({reason}); copy it again") from None
+
+def load_entry(folder: Path, key: str, entry: _StorageInfo, weights_only: bool = True) -> Any:
+    """What is stored of `key` at a place in the files of `folder`. Raises UnreadableError."""
+    try:
+        with open(folder / entry.relative_path, "rb") as file:
+            view = _create_file_view(file, entry.offset, entry.length)
+            return torch.load(view, map_location="cpu", weights_only=weights_only)
+    except Exception as error:  # a damaged file may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnreadableError(f"checkpoint {folder}: {key} cannot be read ({reason}); copy it again") from None
 
 
 def _slices(begin: np.ndarray, end: np.ndarray) -> tuple[slice, ...]:

@@ -67,7 +67,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "data": (data, "expected_num_tokens max_num_tokens max_num_tokens_per_sample prefetch_mib max_image_pixels"),
         "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size recompute_num_layers"),
-        "checkpoint": (config.checkpoint, "keep_last keep_every keep_best"),
+        "checkpoint": (config.checkpoint, "keep_last keep_every keep_best local_save_interval"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
     for group, (values, names) in positive.items():

@@ -36,7 +36,9 @@ _FRAMES = {
 
 def file_faults(config: Config) -> Iterator[str]:
     """Faults in order of importance. May raise ConfigError itself where a file cannot be parsed at all."""
-    yield from _run_dir(Path(config.checkpoint.run_dir))
+    yield from _written_to("run_dir", Path(config.checkpoint.run_dir))
+    if config.checkpoint.local_dir:
+        yield from _written_to("local_dir", Path(config.checkpoint.local_dir))
     yield from _initial_weights(config)
     yield from _autoencoder(config)
     yield from _tokenizer(config)
@@ -45,15 +47,15 @@ def file_faults(config: Config) -> Iterator[str]:
         yield from _groups(config, config.validation.dataset_config_file)
 
 
-def _run_dir(run_dir: Path) -> Iterator[str]:
+def _written_to(setting: str, folder: Path) -> Iterator[str]:
     """A folder that cannot be written would else be noticed by the first save, hours later."""
-    above = run_dir.absolute()
+    above = folder.absolute()
     while not os.path.lexists(above):
         above = above.parent
     if not above.is_dir():
-        yield f"checkpoint.run_dir {run_dir} cannot be made: {above} is not a folder; choose another one."
+        yield f"checkpoint.{setting} {folder} cannot be made: {above} is not a folder; choose another one."
     if not os.access(above, os.W_OK | os.X_OK):
-        yield f"checkpoint.run_dir {run_dir} cannot be written: {above} is read-only for this user; choose another one."
+        yield f"checkpoint.{setting} {folder} cannot be written: {above} is read-only for this user; choose another."
 
 
 def _initial_weights(config: Config) -> Iterator[str]:

@@ -180,6 +180,8 @@ class CheckpointConfig:
     keep_every: int | None = None  # those of steps that are multiples of this stay too
     keep_best: int | None = None  # so many with the lowest best_metric stay too
     best_metric: str = "validation/loss"  # what keep_best and validation.patience go by; less is better
+    local_dir: str | None = None  # on a disk of every node: each rank also keeps its own state there, for fast resumes
+    local_save_interval: int = 100  # steps between those
     auto_resume: bool = True  # continue from the newest checkpoint of run_dir when there is one
 
 

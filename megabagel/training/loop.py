@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megabagel.checkpoint import distributed as checkpoint
+from megabagel.checkpoint.local import LocalStore
 from megabagel.checkpoint.retention import Keep
 from megabagel.checkpoint.saver import Saver
 from megabagel.config.load import to_yaml
@@ -47,6 +48,7 @@ class Trainer:
     encoder: Encoder
     rows: int  # padded rows of every pack: the length that travels between pipeline stages
     validation: Validation | None = None
+    local: LocalStore | None = None  # of this rank's fast checkpoints
     step: int = 0
     samples: int = 0
     measured: dict[str, float | None] = field(default_factory=dict)  # by the validation after the last step, if any
@@ -83,6 +85,8 @@ class Trainer:
                 if self._save_is_due():
                     self.start_save()
                     saved = self.step
+                elif self._local_save_is_due():
+                    self.start_local_save()
                 if self.step == config.training.train_steps:
                     self.saver.wait()
                 if writer:
@@ -169,6 +173,9 @@ class Trainer:
         interval = self.config.checkpoint.save_interval
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.training.train_steps)
 
+    def _local_save_is_due(self) -> bool:
+        return self.local is not None and self.step % self.config.checkpoint.local_save_interval == 0
+
     def save(self) -> None:
         """Write the whole state of the run; it is on disk when this returns. Every rank must call it."""
         self.start_save()
@@ -176,23 +183,32 @@ class Trainer:
 
     def start_save(self) -> None:
         """As `save`, but with `checkpoint.async_save` only the copying is waited for, see `Saver`."""
-        checkpoint.save(
-            self.config.checkpoint.run_dir,
-            self.step,
-            self.stages,
-            self.optimizer,
-            self.ema,
-            data_state=self.reader.state_dict(),
-            counters={"samples": self.samples, **self.best.state_dict()},
-            config_yaml=to_yaml(self.config),
-            metrics={name: value for name, value in self.measured.items() if value is not None},
-            saver=self.saver,
-        )
+        metrics = {name: value for name, value in self.measured.items() if value is not None}
+        checkpoint.save(self.config.checkpoint.run_dir, **self._state(), metrics=metrics)
+
+    def start_local_save(self) -> None:
+        """As `start_save`, but each rank writes what it holds itself to a disk of its own."""
+        checkpoint.save_locally(self.local, **self._state())
+
+    def _state(self) -> dict:
+        """What is saved; every rank must call it."""
+        return {
+            "step": self.step,
+            "model_chunks": self.stages,
+            "optimizer": self.optimizer,
+            "ema": self.ema,
+            "data_state": self.reader.state_dict(),
+            "counters": {"samples": self.samples, **self.best.state_dict()},
+            "config_yaml": to_yaml(self.config),
+            "saver": self.saver,
+        }
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder; False when there is none."""
         wanted = self.config.checkpoint
-        state = checkpoint.load(wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify)
+        state = checkpoint.load(
+            wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify, local=self.local
+        )
         if state is None:
             return False
         self.step, self.samples = state.step, state.counters["samples"]

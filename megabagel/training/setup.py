@@ -8,6 +8,7 @@ from megabagel.checkpoint import distributed as checkpoint
 from megabagel.checkpoint import integrity, space
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.hf import load_weights, open_source
+from megabagel.checkpoint.local import LocalStore
 from megabagel.config.datasets import GroupConfig, load_dataset_groups
 from megabagel.config.folder import is_checkpoint
 from megabagel.config.paths import autoencoder_path, tokenizer_path
@@ -151,7 +152,9 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
     Initial weights are read in the second case only, and only when parameters are where they will stay. Raises
     CheckpointError, DataError, AutoencoderError and ConfigError.
     """
-    resumes = config.checkpoint.auto_resume and checkpoint.exists(config.checkpoint.run_dir)
+    run_dir, local_dir = config.checkpoint.run_dir, config.checkpoint.local_dir
+    local = LocalStore.open(local_dir, run_dir) if local_dir else None
+    resumes = config.checkpoint.auto_resume and checkpoint.exists(run_dir, local)
     stages = build_stages(config, layout.device)
     vision = stages[0].vision if is_frozen(config.model) else None
     models, stages = stages, wrap_empty(stages, config.parallel)
@@ -181,9 +184,11 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
         )
         held_out_encoder = Encoder(held_out.held_out_config(config, layout.dp_size), layout, autoencoder, vision)
         validation = Validation(config, layout, stages, ema, held_out_reader, held_out_encoder, rows)
-    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation)
+    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, local)
     if resumes and not trainer.resume():
-        raise CheckpointError(f"the checkpoints in {config.checkpoint.run_dir} went away at the start; start again")
+        raise CheckpointError(
+            f"no checkpoint of {run_dir} in {local_dir} can be read; delete that folder to start over"
+        )
     if config.checkpoint.save_interval and trainer.step < config.training.train_steps:
         space.check(config.checkpoint.run_dir, optimizer, ema is not None)
     return trainer
