@@ -66,8 +66,9 @@ def begin(run_dir: str | Path, step: int, needed_bytes: int = 0) -> Path:
 
 
 def shortage(run_dir: str | Path, what: str, needed_bytes: int) -> str | None:
-    """The sentence to stop with when fewer than `needed_bytes` are free in `run_dir`, which is there, for `what`."""
-    free = shutil.disk_usage(run_dir).free
+    """The sentence to stop with when fewer than `needed_bytes` are free where `run_dir` is or will be, for `what`."""
+    path = Path(run_dir).absolute()
+    free = shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free
     if free >= needed_bytes:
         return None
     return (

@@ -4,21 +4,20 @@ A source answers with the slice that is asked for, so that no process ever holds
 """
 
 import json
-from contextlib import ExitStack
+import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
+from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, read_head
 from megabagel.runtime import rng
 
 Shape = tuple[int, ...]
 PATCH_EMBEDDING = "vit_model.vision_model.embeddings.patch_embedding.weight"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHUNK = 1 << 22  # values drawn at a time
+_CHUNK = 1 << 22  # values drawn, or read of rows that only some columns are wanted of, at a time
 
 
 class SafetensorsFolder:
@@ -31,8 +30,7 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"there is no folder {self.folder} to read weights from")
-        self._stack = ExitStack()
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._file_of = self._locate(stems)
 
     def _locate(self, stems: tuple[str, ...]) -> dict[str, str]:
@@ -40,7 +38,7 @@ class SafetensorsFolder:
         for stem in stems:
             file = f"{stem}.safetensors"
             if (self.folder / file).is_file():
-                return dict.fromkeys(self._open(file).keys(), file)
+                return dict.fromkeys(self._open(file).specs, file)
             index = self.folder / f"{file}.index.json"
             if index.is_file():
                 try:
@@ -50,21 +48,17 @@ class SafetensorsFolder:
         wanted = " or ".join(f"{stem}.safetensors" for stem in stems)
         raise CheckpointError(f"{self.folder} holds neither {wanted} nor an index JSON beside it")
 
-    def _open(self, file: str) -> safe_open:
+    def _open(self, file: str) -> SafetensorsFile:
         if file not in self._files:
             path = self.folder / file
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing, although the index of {self.folder} names it")
-            try:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is not a whole safetensors file ({path.stat().st_size} bytes; {error}); copy it again"
-                ) from None
+            opened = SafetensorsFile(path, read_head(path))
+            opened.check_size()
+            self._files[file] = opened
         return self._files[file]
 
     def close(self) -> None:
-        self._stack.close()
         self._files.clear()
 
     def names(self) -> set[str]:
@@ -84,21 +78,21 @@ class SafetensorsFolder:
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises CheckpointError when there is no such tensor."""
-        return DTYPES[self._slice(name).get_dtype()]
+        return self._spec(name).dtype
 
-    def _slice(self, name: str):
+    def _spec(self, name: str) -> Spec:
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}, which the configured model needs")
-        try:
-            return self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError:
+        specs = self._open(self._file_of[name]).specs
+        if name not in specs:
             raise CheckpointError(
                 f"{self.folder / self._file_of[name]} has no tensor {name}, although the index of the folder says so"
-            ) from None
+            )
+        return specs[name]
 
     def shape(self, name: str) -> Shape:
         """Raises CheckpointError when there is no such tensor."""
-        return tuple(self._slice(name).get_shape())
+        return self._spec(name).shape
 
     def read(self, name: str, shape: Shape, dim: int | None, start: int, stop: int) -> Tensor:
         """See `names.Source`; in the dtype of the file."""
@@ -112,8 +106,14 @@ class SafetensorsFolder:
                 f"tensor {name} in {self.folder / self._file_of[name]} has shape {list(found)}, "
                 f"but the configured model expects {list(shape)}{hint}"
             )
-        part = self._slice(name)
-        return part[start:stop] if dim == 0 else part[:, start:stop] if dim == 1 else part[:]
+        file = self._open(self._file_of[name])
+        if dim != 1:
+            return file.read(name, *((start, stop) if dim == 0 else ()))
+        out = torch.empty((shape[0], stop - start, *shape[2:]), dtype=self.dtype(name))
+        step = max(1, _CHUNK // math.prod(shape[1:]))
+        for row in range(0, shape[0], step):
+            out[row : row + step] = file.read(name, row, min(row + step, shape[0]))[:, start:stop]
+        return out
 
 
 class Scratch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megabagel.checkpoint.hf import stage_rules
 from megabagel.checkpoint.names import export_shard
-from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec
+from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, make_head
 from megabagel.config.schema import Config
 from megabagel.runtime.distributed import Layout, initialize
 from megabagel.training import setup
@@ -48,7 +48,8 @@ def prepare(config: Config, folder: Path) -> None:
     }
     (folder / "bagel").mkdir()
     path = folder / "bagel" / "ema.safetensors"
-    file = SafetensorsFile(path, {name: Spec(tuple(part.shape), part.dtype) for name, part in tensors.items()})
+    specs = {name: Spec(tuple(part.shape), part.dtype) for name, part in tensors.items()}
+    file = SafetensorsFile(path, make_head(specs))
     file.begin()
     for name, part in tensors.items():
         file.write(name, part)
