@@ -67,6 +67,7 @@ def tiny_config(options: dict[str, Any]) -> Config:
     config.optimizer.ema_decay = None
     config.checkpoint.init_vae = str(AUTOENCODER)
     config.checkpoint.auto_resume = False
+    config.checkpoint.save_interval = 0  # who saves calls it, into a folder of its own
     for name, value in options.items():
         *path, field = name.split(".")
         group = config
