@@ -21,7 +21,7 @@ from megabagel.checkpoint import folder
 from megabagel.checkpoint.errors import CheckpointError, UnreadableError
 from megabagel.checkpoint.file_record import recorded
 from megabagel.checkpoint.pieces import Piece
-from megabagel.checkpoint.torch_dist import load_entry
+from megabagel.checkpoint.torch_dist import load_object, load_tensor
 from megabagel.checkpoint.torch_dist_writer import Item, PieceWriter
 
 logger = logging.getLogger(__name__)
@@ -110,21 +110,21 @@ class LocalCheckpoint:
         stored = {at: (i.global_shape, i.lengths, i.dtype) for at, i in items.items() if i.dtype is not None}
         if wanted != stored:
             raise UnreadableError(f"local checkpoint {self.source} was written in another layout or by another model")
+        places = {at: item.result.storage_data for at, item in items.items()}
+        memory = bytearray(max((places[at].length for at in wanted), default=0))
         for piece in pieces:
-            piece.data.copy_(self._load(items[piece.key, piece.offsets], weights_only=True))
+            place = places[piece.key, piece.offsets]
+            piece.data.copy_(load_tensor(self.source, piece.key, place, memory))
 
     def has_object(self, key: str) -> bool:
         return (key, ()) in self._items()
 
     def read_object(self, key: str) -> object:
         """An object that is no tensor. It is unpickled: trust the folder."""
-        return self._load(self._items()[key, ()], weights_only=False)[0]
+        return load_object(self.source, key, self._items()[key, ()].result.storage_data)[0]
 
     def _items(self) -> dict[tuple[str, tuple[int, ...]], Item]:
         return {(item.key, tuple(item.result.index.offset or ())): item for item in self.contents["items"]}
-
-    def _load(self, item: Item, weights_only: bool) -> Any:
-        return load_entry(self.source, item.key, item.result.storage_data, weights_only)
 
 
 @dataclass(frozen=True)

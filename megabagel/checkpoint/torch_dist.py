@@ -7,8 +7,9 @@ A tensor is put together from the pieces that the ranks of the saving run wrote.
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class TorchDist:
     def read_object(self, key: str) -> object:
         """An object that is no tensor, by its key (`rng/shard_0_2`). It is unpickled: trust the folder. KeyError."""
         entry = self._metadata.storage_data[MetadataIndex(key)]
-        return load_entry(self.source, key, entry, weights_only=False)[0]
+        return load_object(self.source, key, entry)[0]
 
     def read_into(self, pieces: Iterable[Piece]) -> None:
         """Fill the data of `pieces`, converting types; needs no more memory than one stored piece besides.
@@ -92,8 +93,9 @@ class TorchDist:
             if covered != piece.data.numel():
                 raise UnreadableError(f"checkpoint {self.source}: pieces of {piece.key} are missing; copy it again")
         entries = self._metadata.storage_data
+        memory = bytearray(max((entries[index].length for index in wanted), default=0))
         for index in sorted(wanted, key=lambda i: (entries[i].relative_path, entries[i].offset)):
-            stored = load_entry(self.source, index.fqn, entries[index])
+            stored = load_tensor(self.source, index.fqn, entries[index], memory)
             for target, source in wanted[index]:
                 target.copy_(stored[source])
 
@@ -115,12 +117,38 @@ class TorchDist:
             yield index, piece.data.detach()[_slices(low - start, high - start)], _slices(low - begin, high - begin)
 
 
-def load_entry(folder: Path, key: str, entry: _StorageInfo, weights_only: bool = True) -> Any:
-    """What is stored of `key` at a place in the files of `folder`. Raises UnreadableError."""
+def load_object(folder: Path, key: str, entry: _StorageInfo) -> Any:
+    """What is stored of `key` at a place in the files of `folder`; unpickled. Raises UnreadableError."""
+    with _opened(folder, key, entry) as view:
+        return torch.load(view, map_location="cpu", weights_only=False)
+
+
+def load_tensor(folder: Path, key: str, entry: _StorageInfo, memory: bytearray) -> Tensor:
+    """The tensor at a place in the files of `folder`, in `memory` ([>= entry.length] bytes) until that is used again.
+
+    Pieces of a gigabyte in all pass through one piece's memory: new memory for each would cost as much as reading it.
+    Raises UnreadableError.
+    """
+    with _opened(folder, key, entry) as view:
+        with torch.serialization.skip_data():
+            form = torch.load(view, map_location="cpu", weights_only=True)
+        size = form.untyped_storage().nbytes()
+        if size == 0:
+            return form
+        view.seek(0)
+        view.seek(torch._C.PyTorchFileReader(view).get_record_offset("data/0"))
+        if view.readinto(memoryview(memory)[:size]) != size:
+            raise EOFError("the file is cut short")
+        data = torch.frombuffer(memory, dtype=form.dtype, count=size // form.itemsize)
+        return data.as_strided(form.size(), form.stride(), form.storage_offset())
+
+
+@contextmanager
+def _opened(folder: Path, key: str, entry: _StorageInfo) -> Iterator[IO[bytes]]:
+    """The part of a file that an entry names, as a file; whatever goes wrong inside becomes an UnreadableError."""
     try:
-        with open(folder / entry.relative_path, "rb") as file:
-            view = _create_file_view(file, entry.offset, entry.length)
-            return torch.load(view, map_location="cpu", weights_only=weights_only)
+        with open(folder / entry.relative_path, "rb", buffering=0) as file:
+            yield _create_file_view(file, entry.offset, entry.length)
     except Exception as error:  # a damaged file may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnreadableError(f"checkpoint {folder}: {key} cannot be read ({reason}); copy it again") from None
