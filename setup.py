@@ -63,6 +63,6 @@ setup(
         "wandb": ["wandb"],
         "eval": ["nltk", "scipy"],
         "video": ["av"],
-        "dev": ["av", "hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["av", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
 )
