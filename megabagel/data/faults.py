@@ -41,7 +41,9 @@ class Fault:
     key: tuple[int, ...] | None = None  # of the sample: group, row, visit
 
     def __str__(self) -> str:
-        return f"{self.origin}: {self.message} [{self.kind}]"
+        """For people: what is no valid Unicode (names of files may not be) is escaped, or no terminal could show it."""
+        text = f"{self.origin}: {self.message} [{self.kind}]"
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 class FaultLog:

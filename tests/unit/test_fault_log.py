@@ -58,12 +58,13 @@ def test_a_list_that_a_kill_cut_short_is_continued(tmp_path):
     assert json.loads(last)["origin"] == "a.jsonl line 2"
 
 
-def test_names_that_are_not_unicode_are_listed_too(tmp_path):
+def test_names_that_are_not_unicode_are_listed_too(tmp_path, caplog):
     file = tmp_path / "data_faults.jsonl"
     for _ in range(2):
         FaultLog({"g": 9}, 1.0, file).bad("g", Fault("bad_row", "caf\udce9.jsonl line 1", "é \ud800\n\x00"))
     (line,) = listed(file)
     assert (line["origin"], line["message"]) == ("caf\udce9.jsonl line 1", "é \ud800\n\x00")
+    assert "caf\\udce9.jsonl line 1: é \\ud800" in caplog.text
 
 
 def test_the_memory_of_listed_rows_is_bounded(tmp_path, monkeypatch):
