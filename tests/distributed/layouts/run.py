@@ -16,9 +16,10 @@ from megabagel.config.autoencoder import AutoencoderConfig
 from megabagel.config.checks import check_model
 from megabagel.config.schema import Config, ModelConfig, VisionConfig
 from megabagel.packing.geometry import geometry_of
-from megabagel.runtime.distributed import Layout, initialize
+from megabagel.runtime.distributed import initialize
 from megabagel.training import setup
 from megabagel.training.loop import Trainer
+from megabagel.training.readers import Sources
 from tests.distributed.layouts.faults import FAULTS
 from tests.distributed.layouts.gradients import Held, held_norms, reduced_gradients
 from tests.distributed.layouts.packs import SPECIAL, STEPS, PackReader
@@ -86,11 +87,11 @@ def make_trainer(options: dict[str, Any], steps: Steps = STEPS) -> Trainer:
     check_model(config)
     layout = initialize(config.parallel, seed=3)
 
-    def open_reader(config: Config, layout: Layout, tile: int, total_length: int | None, *_) -> PackReader:
+    def open_training(sources: Sources) -> PackReader:
         geometry = geometry_of(config.model, SPECIAL)
-        return PackReader(steps, layout.dp_rank, layout.dp_size, geometry, tile, total_length)
+        return PackReader(steps, layout.dp_rank, layout.dp_size, geometry, sources.tile, sources.total_length)
 
-    with mock.patch.object(setup, "_open_reader", open_reader):
+    with mock.patch.object(Sources, "open_training", open_training):
         return setup.build_trainer(config, layout)
 
 

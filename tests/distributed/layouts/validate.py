@@ -15,14 +15,14 @@ from torch import Tensor
 from megabagel.config.checks import check_config
 from megabagel.config.errors import ConfigError
 from megabagel.config.load import load_config
-from megabagel.config.schema import Config
 from megabagel.data.faults import DataError
 from megabagel.data.pack import Pack
 from megabagel.data.steps import EndOfData
 from megabagel.packing.geometry import geometry_of
-from megabagel.runtime.distributed import Layout, initialize
+from megabagel.runtime.distributed import initialize
 from megabagel.training import setup
 from megabagel.training.metrics import read_metrics
+from megabagel.training.readers import Sources
 from tests.distributed.layouts.packs import SPECIAL, PackReader
 from tests.distributed.layouts.run import StepValues, make_trainer
 
@@ -57,12 +57,12 @@ class Validated:
 def train(options: dict[str, Any], held_out: Sequence[Sequence[str]] = ()) -> Validated:
     """Train through TRAINED; where there are kinds of held-out packs, measure before every step."""
 
-    def open_held_out(config: Config, layout: Layout, tile: int, total_length: int | None, *_) -> PackReader:
-        geometry = geometry_of(config.model, SPECIAL)
-        return HeldOutReader(held_out, layout.dp_rank, layout.dp_size, geometry, tile, total_length)
+    def open_held_out(sources: Sources) -> PackReader:
+        geometry, layout = geometry_of(sources.config.model, SPECIAL), sources.layout
+        return HeldOutReader(held_out, layout.dp_rank, layout.dp_size, geometry, sources.tile, sources.total_length)
 
     validation = {"validation.interval": 1, "validation.weights": "both"} if held_out else {}
-    with mock.patch.object(setup, "_open_held_out", open_held_out):
+    with mock.patch.object(Sources, "open_held_out", open_held_out):
         trainer = make_trainer({**options, **validation, "optimizer.ema_decay": 0.5}, TRAINED)
     measured, steps = [], []
     for _ in TRAINED:
