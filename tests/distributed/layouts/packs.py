@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "no loss": ("text6 vit2x2 vae1x2",),
     "no image, no loss": ("text5",),
 }
-STEPS = (tuple(KINDS)[:8],) * 3  # of the table
+STEPS = (tuple(KINDS)[:8],) * 5  # of the table
 
 
 def _item(word: str, key: tuple[int, ...], geometry: Geometry) -> Item:
