@@ -15,7 +15,7 @@ from torch import Tensor
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.export_plan import Plan, tables
 from megabagel.checkpoint.export_side_files import write_side_files
-from megabagel.checkpoint.file_record import sync
+from megabagel.checkpoint.folder import sync
 from megabagel.checkpoint.journal import Journal
 from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
 from megabagel.checkpoint.released import TorchDistSource

@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from megabagel.checkpoint.bagel_folder import STEMS, BagelFolder, stems_in
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.released import TorchDistSource
-from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, make_head
+from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, divide, make_head
 from megabagel.checkpoint.torch_dist import checkpoint_folder
 from megabagel.config.folder import CARRIED, LATENT_TABLE, VIT_TABLE, is_checkpoint, side_folder
 from megabagel.config.load import saved_config
@@ -153,14 +153,7 @@ def _divide(
             f"{weights}.safetensors" if whole else name: _head(file, {tensor: specs[tensor] for tensor in file.specs})
             for name, file in released.files.items()
         }
-    parts: list[dict[str, Spec]] = [{}]
-    filled = 0
-    for name, spec in specs.items():
-        if parts[-1] and filled + spec.num_bytes > max_file_bytes:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = spec
-        filled += spec.num_bytes
+    parts = divide(specs, max_file_bytes)
     count = len(parts)
     return {f"{weights}-{i:05d}-of-{count:05d}.safetensors": make_head(part) for i, part in enumerate(parts, 1)}
 

@@ -59,12 +59,3 @@ def record_of(path: Path) -> FileRecord:
         while count := file.readinto(block):
             size, crc32 = size + count, zlib.crc32(block[:count], crc32)
     return FileRecord(size, crc32)
-
-
-def sync(path: Path) -> None:
-    """Bring a file that was written, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

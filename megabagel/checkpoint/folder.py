@@ -93,7 +93,7 @@ def finish(
     _write_atomically(partial / FILES, json.dumps(manifest, indent=1))
     replaced = _mark_removed(final) if final.exists() else None
     os.replace(partial, final)  # a kill just before this line is made good by `settle`
-    _sync(final.parent)
+    sync(final.parent)
     _write_atomically(Path(run_dir) / LATEST, f"{step}\n")
     if replaced:
         shutil.rmtree(replaced)
@@ -132,7 +132,7 @@ def records(folder: Path) -> dict[str, FileRecord]:
     """Size and checksum of every file below `folder`, read from the disk; the files are synced too."""
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
     for path in paths:
-        _sync(path)
+        sync(path)
     return {str(p.relative_to(folder)): FileRecord(p.stat().st_size, _checksum(p)) for p in paths}
 
 
@@ -235,7 +235,7 @@ def _mark_removed(folder: Path) -> Path:
     if marked.exists():
         shutil.rmtree(marked)
     os.replace(folder, marked)
-    _sync(folder.parent)
+    sync(folder.parent)
     return marked
 
 
@@ -251,12 +251,13 @@ def _write_atomically(path: Path, text: str) -> None:
     """After a crash at any moment `path` holds the old text or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file that was written, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,8 @@ from megabagel.checkpoint import folder
 from megabagel.checkpoint.bagel_folder import BagelFolder, carry, side_files, stems_in
 from megabagel.checkpoint.ema import PREFIX as EMA
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.file_record import record_of, sync
+from megabagel.checkpoint.file_record import record_of
+from megabagel.checkpoint.folder import sync
 from megabagel.checkpoint.journal import Journal
 from megabagel.checkpoint.names import Rule, Source
 from megabagel.checkpoint.own_keys import own_shapes

@@ -18,7 +18,7 @@ from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.export_side_files import TOKENIZER_FILES
 from megabagel.checkpoint.given_weights import GivenWeights
 from megabagel.checkpoint.names import EMBEDDING, LM_HEAD
-from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, make_head
+from megabagel.checkpoint.safetensors_file import SafetensorsFile, Spec, divide, make_head
 from megabagel.config.folder import LLM_KEYS
 from megabagel.data.faults import DataError
 from megabagel.data.text import Tokenizer
@@ -128,14 +128,7 @@ def _bias_of(name: str) -> str:
 
 
 def _divide(specs: dict[str, Spec], max_file_bytes: int) -> dict[str, dict[str, Spec]]:
-    parts: list[dict[str, Spec]] = [{}]
-    filled = 0
-    for name, spec in specs.items():
-        if parts[-1] and filled + spec.num_bytes > max_file_bytes:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = spec
-        filled += spec.num_bytes
+    parts = divide(specs, max_file_bytes)
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}

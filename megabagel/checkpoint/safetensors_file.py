@@ -73,6 +73,19 @@ def read_head(path: Path) -> bytes:
     return head
 
 
+def divide(specs: dict[str, Spec], max_file_bytes: int) -> list[dict[str, Spec]]:
+    """In files of at most so many bytes each, in order; a tensor that is larger has a file of its own."""
+    parts: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if parts[-1] and filled + spec.num_bytes > max_file_bytes:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = spec
+        filled += spec.num_bytes
+    return parts
+
+
 class SafetensorsFile:
     """One file whose tensors are known; `head` (see `make_head`, `read_head`) says where they are."""
 

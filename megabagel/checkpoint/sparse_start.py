@@ -17,7 +17,8 @@ from megabagel.checkpoint import folder
 from megabagel.checkpoint.bagel_folder import side_files
 from megabagel.checkpoint.ema import PREFIX as EMA
 from megabagel.checkpoint.errors import CheckpointError
-from megabagel.checkpoint.file_record import record_of, sync
+from megabagel.checkpoint.file_record import record_of
+from megabagel.checkpoint.folder import sync
 from megabagel.checkpoint.given_weights import GivenWeights, open_weights
 from megabagel.checkpoint.names import fill_shard
 from megabagel.checkpoint.own_keys import own_shapes

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megabagel.checkpoint.file_record import record_of, recorded, sync
-from megabagel.checkpoint.folder import FileRecord
+from megabagel.checkpoint.file_record import record_of, recorded
+from megabagel.checkpoint.folder import FileRecord, sync
 from megabagel.checkpoint.pieces import Piece
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
