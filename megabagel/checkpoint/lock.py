@@ -138,12 +138,34 @@ def _held(run_dir: Path) -> Iterator[None]:
 
 
 def _acquire(lock: Path, me: Owner) -> None:
+    """Create `lock` for `me`, in place of a dead owner's if need be. Raises CheckpointError when its owner lives.
+
+    Several jobs may find the same dead owner. The one that holds the lock named after that owner replaces it, and looks
+    again before: another may have been faster. Such a lock may itself be left by a job that died, hence the recursion.
+    """
     while not _create(lock, me):
         with contextlib.suppress(FileNotFoundError):  # released in this moment
             owner, beat = _read(lock)
             if _lives(lock, owner, beat):
                 raise _refusal(lock.parent, _read(lock)[0])
-            _take_away(lock, owner, me)
+            claim = lock.with_name(f"{LOCK}.{owner.token if owner else 'unnamed'}")
+            _acquire(claim, me)
+            if _replace(lock, owner, claim):
+                ended = "%s was locked by %s, which has ended; its lock is taken over."
+                logger.warning(ended, lock.parent, owner or "a job")
+                return
+
+
+def _replace(lock: Path, owner: Owner | None, claim: Path) -> bool:
+    """Put `claim` in the place of `lock` if that is still `owner`'s, else remove the claim."""
+    try:
+        if _read(lock)[0] == owner:
+            os.replace(claim, lock)
+            return True
+    except FileNotFoundError:
+        pass
+    claim.unlink()
+    return False
 
 
 def _lives(lock: Path, owner: Owner | None, beat: float) -> bool:
@@ -186,18 +208,6 @@ def _read(lock: Path) -> tuple[Owner | None, float]:
         return Owner(**json.loads(text)), beat
     except (ValueError, TypeError):
         return None, beat
-
-
-def _take_away(lock: Path, owner: Owner | None, me: Owner) -> None:
-    """Remove a dead owner's lock, unless another job has done so and holds its own by now."""
-    aside = lock.with_name(f"{LOCK}.{me.token}")
-    os.replace(lock, aside)
-    taken, _ = _read(aside)
-    if taken != owner:
-        os.replace(aside, lock)
-        raise _refusal(lock.parent, taken)
-    aside.unlink()
-    logger.warning("%s was locked by %s, which has ended; its lock is taken over.", lock.parent, owner or "a job")
 
 
 def _beat(lock: Path, me: Owner, done: threading.Event) -> None:

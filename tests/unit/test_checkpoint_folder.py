@@ -331,6 +331,15 @@ def test_of_many_jobs_that_find_a_dead_lock_one_gets_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_too_late_to_replace_a_dead_owner_leaves_the_new_one_alone(tmp_path):
+    dead, faster = replace(lock.Owner.me(), pid=0), lock.Owner.me()
+    lock._create(tmp_path / lock.LOCK, faster)
+    claim = tmp_path / f"{lock.LOCK}.{dead.token}"
+    lock._create(claim, lock.Owner.me())
+    assert not lock._replace(tmp_path / lock.LOCK, dead, claim)
+    assert lock._read(tmp_path / lock.LOCK)[0] == faster and not claim.exists()
+
+
 def test_a_job_that_lost_its_folder_is_told_so(tmp_path):
     with lock.own(tmp_path, 0):
         locked_by(tmp_path)
