@@ -1,8 +1,8 @@
 """Every rule that a configuration must obey before a run may start, one sentence each.
 
 Rules about numbers and their combinations are here, those about the layout over ranks in `checks_parallel.py`, about
-experts in `checks_experts.py`, about attention in `checks_attention.py`, about FP8 in `checks_precision.py` and about
-files (weights, tokenizer, data) in `checks_files.py`.
+experts in `checks_experts.py`, about attention in `checks_attention.py`, about FP8 in `checks_precision.py`, about
+samples in `checks_samples.py` and about files (weights, tokenizer, data) in `checks_files.py`.
 No rule imports torch: a wrong configuration is found before any memory is taken.
 """
 
@@ -13,6 +13,7 @@ from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
 from megabagel.config.checks_precision import precision_faults
+from megabagel.config.checks_samples import samples_faults
 from megabagel.config.checks_validation import validation_faults
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import Config
@@ -29,6 +30,7 @@ def check_config(config: Config, world_size: int) -> None:
         _refuse(faults(config))
     _refuse(world_faults(config, world_size))
     _refuse(file_faults(config))
+    _refuse(samples_faults(config))
 
 
 def check_layout(config: Config, world_size: int) -> None:

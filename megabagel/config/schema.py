@@ -198,6 +198,22 @@ class ValidationConfig:
 
 
 @dataclass
+class SamplesConfig:
+    """Pictures and answers to look at while the run goes on; training does not notice them."""
+
+    prompts_file: str | None = None  # YAML or JSONL list: prompt or question of each, and images shown before it
+    interval: int = 0  # steps between two samplings, the last step's included; 0: never
+    weights: Literal["model", "ema"] = "ema"  # which weights are asked: live ones or their moving average
+    batch_size: int = 8  # requests that are worked on together, per replica of the model
+    seed: int = 0  # of the first request; the next ones count on
+    num_timesteps: int = 50  # times from noise to picture; one step less
+    timestep_shift: float = 3.0  # above 1: smaller steps while there is much noise
+    cfg_text_scale: float = 4.0  # guidance by the prompt; 1: off
+    cfg_img_scale: float = 1.5  # guidance by the pictures; 1: off
+    max_tokens: int = 128  # of an answer
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and written while the run goes on."""
 
@@ -219,4 +235,5 @@ class Config:
     kernels: KernelConfig = field(default_factory=KernelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -53,6 +53,21 @@ def contact_sheet(
     return sheet
 
 
+def in_columns(
+    rows: Sequence[Sequence[Cell]], captions: Sequence[Sequence[str]], width: int
+) -> tuple[list[list[Cell]], list[list[str]]]:
+    """Short rows put behind each other as long as they have at most `width` cells."""
+    wide, notes = [], []
+    for row, caption in zip(rows, captions, strict=True):
+        if wide and len(wide[-1]) + len(row) <= width:
+            wide[-1] += row
+            notes[-1] += caption
+        else:
+            wide.append(list(row))
+            notes.append(list(caption))
+    return wide, notes
+
+
 def _strip(
     row: Sequence[Cell], captions: Sequence[str], font: ImageFont.FreeTypeFont, side: int, width: int
 ) -> Image.Image:

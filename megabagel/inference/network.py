@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megabagel.config.precision import rows_per_tile
 from megabagel.inference.attention import CachedRouting, CachedRows
 from megabagel.inference.context import Context
 from megabagel.inference.rows import Segment, picture, plan_rows, text
@@ -37,10 +38,16 @@ class Pass:
     """New rows of some contexts, ready to run: several times, as long as nothing is kept in a context."""
 
     def __init__(
-        self, stage: Bagel, geometry: Geometry, contexts: Sequence[Context], segments: Sequence[Segment], multiple: int
+        self,
+        stage: Bagel,
+        geometry: Geometry,
+        contexts: Sequence[Context],
+        segments: Sequence[Segment],
+        multiple: int,
+        least: int,
     ):
         self.stage, self.contexts, self.segments = stage, list(contexts), list(segments)
-        plan = plan_rows(segments, [context.rope for context in contexts], geometry, multiple)
+        plan = plan_rows(segments, [context.rope for context in contexts], geometry, multiple, least)
         routing = route(
             plan,
             chunk_of(plan, stage.cp_rank, stage.cp_size),
@@ -108,8 +115,11 @@ class Network:
         self.layers = model.num_layers
         self.latent_width = model.latent_patch_size**2 * model.vae.z_channels
         self.device = next(stage.parameters()).device
-        # ranks that share the rows of a stream
-        self._multiple = stage.cp_size * (stage.tp_size if stage.config.sequence_parallel else 1)
+        # Transformer Engine's linears want rows, also for a stream that is empty, and FP8 whole tiles of them
+        has_tiles = stage.config.transformer_impl == "transformer_engine"
+        ranks = stage.cp_size * (stage.tp_size if stage.config.sequence_parallel else 1)  # that share a stream's rows
+        self._multiple = ranks * (rows_per_tile(stage.kernels) if has_tiles else 1)
+        self._least = self._multiple if has_tiles else 0
 
     def empty_context(self) -> Context:
         """One that has read nothing."""
@@ -117,7 +127,7 @@ class Network:
 
     def prepare(self, contexts: Sequence[Context], segments: Sequence[Segment]) -> Pass:
         """A pass that gives each context, all of them different, its segment."""
-        return Pass(self.stage, self.geometry, contexts, segments, self._multiple)
+        return Pass(self.stage, self.geometry, contexts, segments, self._multiple, self._least)
 
     def read_tokens(self, contexts: Sequence[Context], ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Each context reads its tokens, at least one. -> per context the hidden rows [tokens, hidden]."""

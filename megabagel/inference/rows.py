@@ -44,10 +44,13 @@ def picture(kind: int, grid: tuple[int, int]) -> Segment:
     return Segment(kind, grid=tuple(grid))
 
 
-def plan_rows(segments: Sequence[Segment], ropes: Sequence[int], geometry: Geometry, multiple: int) -> PackPlan:
+def plan_rows(
+    segments: Sequence[Segment], ropes: Sequence[int], geometry: Geometry, multiple: int, least: int = 0
+) -> PackPlan:
     """The plan of `segments`, the RoPE ids of each from `ropes` on; attention order is the order of the segments.
 
-    Streams are padded to a `multiple` of rows, an empty one stays empty: no gradients, so nobody waits for it.
+    Streams are padded to a `multiple` of rows, and to `least`, one of those multiples. An empty one may stay empty: no
+    gradients, so nobody waits for it.
     """
     kinds: list[int] = []
     positions: list[int] = []
@@ -73,8 +76,8 @@ def plan_rows(segments: Sequence[Segment], ropes: Sequence[int], geometry: Geome
     zeros = torch.zeros_like(lengths)
     grids = {of: [segment.grid for segment in segments if segment.kind == of] for of in (VIT, VAE)}
     return PackPlan(
-        und_length=-(-len(und_index) // multiple) * multiple,
-        gen_length=-(-len(gen_index) // multiple) * multiple,
+        und_length=max(least, -(-len(und_index) // multiple) * multiple),
+        gen_length=max(least, -(-len(gen_index) // multiple) * multiple),
         und_index=und_index,
         gen_index=gen_index,
         position_ids=torch.tensor(positions),

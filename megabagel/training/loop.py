@@ -30,6 +30,7 @@ from megabagel.training.expert_losses import ExpertLosses, take_expert_losses
 from megabagel.training.flops import pack_flops
 from megabagel.training.metrics import MetricsWriter
 from megabagel.training.optimizer import parameter_norm, set_learning_rate
+from megabagel.training.samples import Sample, Sampling
 from megabagel.training.schedule import lr_at
 from megabagel.training.step import LossCounts, Losses, count, forward_backward
 from megabagel.training.validation import Validation
@@ -48,6 +49,7 @@ class Trainer:
     encoder: Encoder
     rows: int  # padded rows of every pack: the length that travels between pipeline stages
     validation: Validation | None = None
+    sampling: Sampling | None = None
     local: LocalStore | None = None  # of this rank's fast checkpoints
     step: int = 0
     samples: int = 0
@@ -82,6 +84,7 @@ class Trainer:
                     break
                 self.saver.check()
                 self.validate()
+                samples = self.make_samples()
                 if self._save_is_due():
                     self.start_save()
                     saved = self.step
@@ -91,6 +94,7 @@ class Trainer:
                     self.saver.wait()
                 if writer:
                     writer.write(self.step, values | self.measured | self.saver.take_times())
+                    writer.write_samples(self.step, samples)
             self.saver.wait()
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
             if self.validation:
@@ -168,6 +172,11 @@ class Trainer:
         if self.validation and (self.step % interval == 0 or self.step == self.config.training.train_steps):
             self.measured = self.validation.measure()
             self.best.update(self.step, self.measured)
+
+    def make_samples(self) -> list[Sample]:
+        """Let the model answer the requests of `config.samples` if it is time to; every rank must call it."""
+        interval, is_last = self.config.samples.interval, self.step == self.config.training.train_steps
+        return self.sampling.make(self.step) if self.sampling and (self.step % interval == 0 or is_last) else []
 
     def _save_is_due(self) -> bool:
         interval = self.config.checkpoint.save_interval

@@ -5,8 +5,9 @@ It formats and stores; it computes nothing but MFU. A loss that no token of a st
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from megabagel.config.schema import Config
 from megabagel.training.console import Console
 from megabagel.training.flops import peak_tflops
 from megabagel.training.tensorboard import TensorBoard
+
+if TYPE_CHECKING:  # readers of metrics files need no model
+    from megabagel.training.samples import Sample
 
 _SAVES = {"save_time", "save_blocked_time"}  # measured at single steps, which may be others than those that are shown
 METRICS_FILE, CONFIG_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "config.yaml", "tensorboard"
@@ -59,6 +63,12 @@ class MetricsWriter:
             self._console.show_validation(step, validation)
         if self._tensorboard and (is_shown or validation or _SAVES & values.keys()):
             self._tensorboard.write(step, record)
+
+    def write_samples(self, step: int, samples: Sequence["Sample"]) -> None:
+        """Show in TensorBoard what the model made after step number `step`."""
+        for sample in samples if self._tensorboard else ():
+            name = f"{sample.number:03d} {sample.request.text[:60]}"
+            self._tensorboard.write_sample(step, name, sample.picture, sample.answer)
 
     def close(self) -> None:
         """Flush everything; safe to call twice."""

@@ -24,6 +24,7 @@ from megabagel.training.encode import Encoder
 from megabagel.training.loop import Trainer
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.readers import Sources
+from megabagel.training.samples import Sampling
 from megabagel.training.validation import Validation
 from megabagel.training.wrap import wrap_empty
 
@@ -69,7 +70,8 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
         held_out_reader = ReplicaReader(sources.open_held_out, layout.replica_group, layout.source_rank)
         held_out_encoder = Encoder(held_out.held_out_config(config, layout.dp_size), layout, autoencoder, vision)
         validation = Validation(config, layout, stages, ema, held_out_reader, held_out_encoder, rows)
-    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, local)
+    sampling = Sampling(config, layout, stages, ema, autoencoder) if config.samples.interval > 0 else None
+    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, sampling, local)
     if resumes and not trainer.resume():
         raise CheckpointError(
             f"no checkpoint of {run_dir} in {local_dir} can be read; delete that folder to start over"

@@ -7,6 +7,8 @@ TensorBoard can only forget by x-value, which would delete the twins' history; `
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 _MEGATRON = {  # tag -> name in the record; loss keys are tags of both
@@ -62,6 +64,13 @@ class TensorBoard:
         for name, value in record.items():
             if name.startswith(_TAGS) and value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def write_sample(self, step: int, name: str, picture: Image.Image | None, answer: str | None) -> None:
+        """A picture or an answer that the model gave after step `step`; `name` stays the same over the steps."""
+        if picture is not None:
+            self._writer.add_image(f"samples/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        else:
+            self._writer.add_text(f"samples/{name}", answer, step)
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -271,3 +271,15 @@ def test_guidance_follows_the_formula_and_never_lengthens(renorm):
 def test_guidance_acts_only_inside_its_interval():
     guidance = Guidance(interval=(0.4, 0.9))
     assert [guidance.acts_at(t) for t in (0.4, 0.41, 0.9, 0.91)] == [False, True, True, False]
+
+
+def test_whole_tiles_of_rows_change_nothing(bagel):
+    """Linears that want rows in every stream get some; they belong to nobody."""
+    image = Image.fromarray(np.arange(48 * 32 * 3, dtype=np.uint8).reshape(48, 32, 3))
+    tiled = Network(bagel.network.stage, bagel.network.geometry)
+    tiled._multiple = tiled._least = 16
+    both = [bagel, Generator(tiled, bagel.tokenizer, bagel.autoencoder)]
+    ours, theirs = ([one.answers(["What?", [image, "Why?"]], TextSettings(max_tokens=4))] for one in both)
+    assert ours == theirs
+    ours, theirs = (one.pictures(["A cat."], FEW_STEPS, height=32, width=32)[0].image for one in both)
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
