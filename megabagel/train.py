@@ -6,11 +6,12 @@ from megabagel.config.load import load_config, to_yaml
 from megabagel.data.faults import DataError
 from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed, failure
+from megabagel.runtime.give_up import GiveUp
 
 
 def main(argv: list[str] | None = None) -> None:
     """What the configuration and the headers of its files can tell is checked before any rank allocates memory."""
-    with failure.guard(ConfigError, DataError, CheckpointError, AutoencoderError):
+    with failure.guard(ConfigError, DataError, CheckpointError, AutoencoderError, GiveUp):
         config = load_config(argv)
         check_config(config, distributed.world_size())
         layout = distributed.initialize(config.parallel, config.training.seed)

@@ -70,6 +70,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size recompute_num_layers"),
         "checkpoint": (config.checkpoint, "keep_last keep_every keep_best local_save_interval"),
+        "faults": (config.faults, "nonfinite_patience spike_window spike_threshold"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
     for group, (values, names) in positive.items():
@@ -83,6 +84,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "training": (training, "ce_weight mse_weight seed"),
         "kernels": (config.kernels, "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16"),
         "checkpoint": (config.checkpoint, "save_interval"),
+        "faults": (config.faults, "max_rollbacks"),
     }
     for group, (values, names) in not_negative.items():
         for name in names.split():

@@ -214,6 +214,19 @@ class SamplesConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """What a run does about steps that go wrong."""
+
+    nonfinite_patience: int = 10  # steps in a row without a finite loss and gradient, then the run stops for good
+    spike_action: Literal["none", "log", "rollback"] = (
+        "log"  # about losses far above the last ones; rollback: to the last checkpoint, leaving the data since then out
+    )
+    spike_window: int = 128  # last steps that a loss is compared with; none is judged before there are so many
+    spike_threshold: float = 10.0  # above their median, in standard deviations (robust: 1.4826 MAD)
+    max_rollbacks: int = 3  # of a run; it stops for good at the next spike
+
+
+@dataclass
 class LoggingConfig:
     """What is shown and written while the run goes on."""
 
@@ -236,4 +249,5 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

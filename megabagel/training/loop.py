@@ -3,6 +3,7 @@
 It only calls the pieces in order; `setup.py` puts them together and none of them knows of the loop.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,8 @@ from megabagel.training.encode import Encoder
 from megabagel.training.expert_losses import ExpertLosses, take_expert_losses
 from megabagel.training.flops import pack_flops
 from megabagel.training.metrics import MetricsWriter
-from megabagel.training.optimizer import parameter_norm, set_learning_rate
+from megabagel.training.nonfinite import NonfiniteSteps, finite_or_none
+from megabagel.training.optimizer import parameter_norm, set_learning_rate, update
 from megabagel.training.samples import Sample, Sampling
 from megabagel.training.schedule import lr_at
 from megabagel.training.step import LossCounts, Losses, count, forward_backward
@@ -57,6 +59,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.checkpoint.best_metric, self.config.validation.patience)
+        run_dir, faults = self.config.checkpoint.run_dir, self.config.faults
+        self.nonfinite = NonfiniteSteps(run_dir, faults.nonfinite_patience, self.layout)
         self.saver = Saver(self.config.checkpoint.async_save, Keep.of(self.config.checkpoint))
 
     def run(self) -> None:
@@ -123,9 +127,13 @@ class Trainer:
         expert_losses = take_expert_losses(self.stages, config.model, packs_of_step, self.layout.device)
         lr = lr_at(self.step, config.optimizer, config.training.train_steps)
         set_learning_rate(self.optimizer, lr)
-        _, grad_norm, _ = self.optimizer.step()
-        if self.ema:
-            self.ema.update(config.optimizer.ema_decay)
+        grad_norm = update(self.optimizer, losses.are_finite)
+        if not math.isfinite(grad_norm):
+            self.nonfinite.failed(self.step + 1, self.stages, packs, losses.of_packs, to_yaml(config))
+        else:
+            self.nonfinite.passed()
+            if self.ema:
+                self.ema.update(config.optimizer.ema_decay)
         self.step += 1
         self.samples += counts.samples
         end = time.perf_counter()
@@ -145,12 +153,13 @@ class Trainer:
         on_gpu = self.layout.device.type == "cuda"
         flops = sum(pack_flops(plan, self.config.model) for plan in plans) * self.layout.dp_size
         return {
-            "ce": losses.ce,
-            "mse": losses.mse,
+            "ce": finite_or_none(losses.ce),
+            "mse": finite_or_none(losses.mse),
             "moe_aux_loss": expert_losses.balance,
             "moe_z_loss": expert_losses.z,
             "lr": lr,
-            "grad_norm": float(grad_norm),
+            "grad_norm": finite_or_none(grad_norm),
+            "nonfinite_steps": self.nonfinite.total,
             "tokens_per_sec": counts.tokens / times["step_time"],
             "tflops_per_device": flops / times["step_time"] / self.layout.world_size / 1e12,
             "tokens": counts.tokens,
@@ -207,7 +216,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "ema": self.ema,
             "data_state": self.reader.state_dict(),
-            "counters": {"samples": self.samples, **self.best.state_dict()},
+            "counters": {"samples": self.samples, **self.best.state_dict(), **self.nonfinite.state_dict()},
             "config_yaml": to_yaml(self.config),
             "saver": self.saver,
         }
@@ -222,6 +231,7 @@ class Trainer:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
         self.best.load_state_dict(state.counters)
+        self.nonfinite.load_state_dict(state.counters)
         self.reader.load_state_dict(state.data_state)
         self._say(f"continuing after step {self.step} from {state.folder}")
         return True

@@ -1,10 +1,16 @@
-"""Builds megatron-core's distributed optimizer from our configuration. The learning rate's course is in schedule.py."""
+"""Builds megatron-core's distributed optimizer from our configuration and steps it, unless gradients are not finite.
+
+The learning rate's course is in schedule.py.
+"""
+
+import math
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import optimizer as megatron_optimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
@@ -20,9 +26,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the trainable parameters of chunks from `wrap`, its state sharded over the data-parallel ranks.
 
-    `step()` returns (True, gradient norm before clipping, None). The norm is over all ranks and counts replicated
-    parameters once; clipping multiplies by clip_grad / (norm + 1e-6) when that is below 1, and 0 switches it off. Main
-    parameters and both moments are float32. Weight decay applies to every trainable parameter, as in official BAGEL.
+    `update` steps it. Main parameters and both moments are float32. Weight decay applies to every trainable parameter,
+    as in official BAGEL.
     Raises ValueError when a trainable parameter is not of `training.params_dtype`: megatron-core would mix up the
     state of parameters of two types.
     """
@@ -57,9 +62,33 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Use `lr` in the next `optimizer.step()`, on all parameter groups."""
+    """Use `lr` in the next update, on all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, losses_are_finite: bool = True) -> float:
+    """Step by the gradients in the stages' buffers; the norm of the gradient before clipping, equal on all ranks.
+
+    It counts replicated parameters once; clipping multiplies by clip_grad / (norm + 1e-6) when that is below 1, and 0
+    switches it off. When the norm is not finite nothing has changed. A rank may know that its losses are not finite,
+    which no gradient need show: then the norm is not finite anywhere.
+    """
+    optimizer.prepare_grads()
+    parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    if not losses_are_finite:  # said by the one number that all ranks exchange anyway
+        for gradient in (p.grad for part in parts for p in part.get_parameters() if p.grad is not None):
+            gradient.fill_(math.nan)
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    for part in parts:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Losses are divided by counts of the whole step, so the result does not depend on the layout or the micro-batch split.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +59,12 @@ class Losses:
 
     ce: float | None
     mse: float | None
+    of_packs: Tensor | None = None  # [micro-batches, 2] this rank's shares of both, on the device
+
+    @property
+    def are_finite(self) -> bool:
+        """True where none is known."""
+        return all(math.isfinite(value) for value in (self.ce, self.mse) if value is not None)
 
 
 def _loss(losses: ChunkLosses, counts: LossCounts, training: TrainingConfig) -> tuple[Tensor, Tensor, dict]:
@@ -101,7 +108,8 @@ def forward_backward(
     )
     if not reports:
         return Losses(None, None)
-    sums = torch.stack([torch.stack([r["ce"], r["mse"]]) for r in reports]).double().sum(dim=0)
+    of_packs = torch.stack([torch.stack([r["ce"], r["mse"]]) for r in reports])
+    sums = of_packs.double().sum(dim=0)
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     ce, mse = sums.tolist()
-    return Losses(ce if counts.ce_tokens else None, mse if counts.mse_tokens else None)
+    return Losses(ce if counts.ce_tokens else None, mse if counts.mse_tokens else None, of_packs)

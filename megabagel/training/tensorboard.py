@@ -21,6 +21,7 @@ _MEGATRON = {  # tag -> name in the record; loss keys are tags of both
     "encode-balance": "encode_balance",
     "mem-allocated-bytes": "memory_bytes",
     "skipped-train-samples": "skipped_samples",
+    "nonfinite-steps": "nonfinite_steps",
     "ce": "ce",
     "mse": "mse",
     "load_balancing_loss": "moe_aux_loss",
