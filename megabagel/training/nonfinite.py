@@ -35,10 +35,6 @@ class _Verdict:
     gradient: bool  # its own gradients, before they were summed over replicas, are not finite
     shard: bool  # what it holds of their sum is not
 
-    @property
-    def is_own(self) -> bool:
-        return bool(self.packs) or self.gradient
-
 
 class NonfiniteSteps:
     """Counts failed steps of a run and reports each; every rank has one and makes the same calls."""
@@ -67,9 +63,7 @@ class NonfiniteSteps:
         """
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         verdicts = _gather(_verdict(self._layout.dp_rank, stages, losses))
-        ranks = [rank for rank, verdict in enumerate(verdicts) if verdict.is_own]
-        ranks = ranks or [rank for rank, verdict in enumerate(verdicts) if verdict.shard]
-        what = "loss" if any(verdict.packs for verdict in verdicts) else "gradient"
+        what, ranks = _culprits(verdicts)
         replicas = {verdicts[rank].replica for rank in ranks}
         bad = sorted({n for v in verdicts if v.replica == self._layout.dp_rank for n in v.packs})
         bad = bad or list(range(len(packs)))  # which one it was is unknown
@@ -137,6 +131,16 @@ def _verdict(replica: int, stages: list[DistributedDataParallel], losses: Tensor
             # reducing gradients overwrites a rank's own shard alone: the rest is still what the rank computed
             own |= any(not part.isfinite().all() for n, part in enumerate(parts) if n != rank or ranks == 1)
     return _Verdict(replica, packs, bool(own), bool(shard))
+
+
+def _culprits(verdicts: list[_Verdict]) -> tuple[str, list[int]]:
+    """Loss or gradient, and the ranks where it was not finite before anything was summed over replicas."""
+    replicas = {verdict.replica for verdict in verdicts if verdict.packs}
+    if replicas:  # experts that replicas share get gradients of all their tokens
+        own = [bool(v.packs) or (v.gradient and v.replica in replicas) for v in verdicts]
+        return "loss", [rank for rank, is_own in enumerate(own) if is_own]
+    own = [rank for rank, verdict in enumerate(verdicts) if verdict.gradient]
+    return "gradient", own or [rank for rank, verdict in enumerate(verdicts) if verdict.shard]
 
 
 def _samples(pack: Pack) -> list[dict]:

@@ -8,7 +8,7 @@ from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingCon
 from megabagel.runtime.distributed import destroy, initialize
 from megabagel.training.adam import AdamW
 from megabagel.training.ema import ShardedEma
-from megabagel.training.optimizer import build_optimizer, set_learning_rate
+from megabagel.training.optimizer import build_optimizer, set_learning_rate, update
 from megabagel.training.wrap import wrap
 
 from megatron.core.transformer.module import MegatronModule  # isort: skip
@@ -73,12 +73,12 @@ def test_steps_clip_and_average_equal_the_plain_formulas(one_process):
         chunks[0](x).square().sum().backward()
         model.config.finalize_model_grads_func(chunks, torch.tensor(5))
         set_learning_rate(optimizer, 1e-3)
-        ok, norm, _ = optimizer.step()
+        norm = update(optimizer)
         ema.update(0.9)
         reference.zero_grad()
         plain(x).square().sum().backward()
         total = torch.stack([p.grad.norm() for p in trainable]).norm()
-        assert ok and norm == pytest.approx(float(total), rel=1e-5) and norm > 0.1
+        assert norm == pytest.approx(float(total), rel=1e-5) and norm > 0.1
         for p in trainable:
             p.grad.mul_(0.1 / (total + 1e-6))
         reference.step()

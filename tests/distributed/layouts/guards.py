@@ -1,0 +1,114 @@
+"""Runs in which steps go wrong on purpose: what the ranks do, called in the workers. Nothing here judges."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megabagel.data.pack import Pack
+from megabagel.runtime import events
+from megabagel.runtime.give_up import GiveUp
+from megabagel.runtime.overlap import whole_parameters
+from megabagel.training.loop import Trainer
+from tests.distributed.layouts.packs import PackReader
+from tests.distributed.layouts.run import make_trainer
+
+STEPS = (("mixed", "three images", "frames", "many samples"),) * 3
+POISONED = 1  # of STEPS
+
+
+class PoisonedReader(PackReader):
+    """On the last replica, the last pack of one step holds a picture that was stored as no numbers."""
+
+    def next_step(self) -> list[Pack]:
+        packs = super().next_step()
+        if self._read == POISONED + 1 and self._replica == self._replicas - 1:
+            packs[-1] = poisoned(packs[-1])
+        return packs
+
+
+def poisoned(pack: Pack) -> Pack:
+    """With latents of its first picture that are not finite, in the form of stored ones."""
+    _, height, width = pack.vae_images[0].shape
+    bad = torch.full((8, height // 8, width // 8), torch.nan)
+    return dataclasses.replace(pack, vae_images=[bad, *pack.vae_images[1:]])
+
+
+def _tensors(trainer: Trainer) -> list[Tensor]:
+    """All that an update changes."""
+    mains = [main for group in trainer.optimizer.param_groups for main in group["params"]]
+    moments = [t for part in trainer.ema.optimizers for s in part.optimizer.state.values() for t in s.values()]
+    with whole_parameters(trainer.stages):
+        weights = [p for stage in trainer.stages for p in stage.parameters()]
+        return [t.detach().clone() for t in [*mains, *moments, *weights, *trainer.ema.shards]]
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@dataclasses.dataclass
+class Guarded:
+    """What a rank hands back."""
+
+    changed: list[bool]  # whether a step changed anything
+    values: list[dict[str, float | None]]
+    events: list[dict]  # of the run so far
+    files: list[str]
+    counters: dict[str, float]
+    gave_up: str | None = None
+
+
+@contextlib.contextmanager
+def _bad_gradient(trainer: Trainer, rank: int) -> Iterator[None]:
+    """In the step POISONED, the vocabulary head of `rank` gets a gradient that is not finite."""
+
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * torch.inf if trainer.step == POISONED else gradient
+
+    head = trainer.stages[-1].module.heads.lm_head.weight
+    handle = head.register_hook(spoil) if trainer.layout.rank == rank else contextlib.nullcontext()
+    with handle:
+        yield
+
+
+def train(options: dict[str, Any], run_dir: str, bad_gradient_of: int | None = None) -> Guarded:
+    """Train through STEPS, one of which is poisoned: by its data, or by the gradient of a rank."""
+    options = {**options, "optimizer.ema_decay": 0.5, "checkpoint.run_dir": run_dir, "faults.nonfinite_patience": 2}
+    reader = PackReader if bad_gradient_of is not None else PoisonedReader
+    with mock.patch("tests.distributed.layouts.run.PackReader", reader):
+        trainer = make_trainer(options, STEPS)
+    spoiled = contextlib.nullcontext() if bad_gradient_of is None else _bad_gradient(trainer, bad_gradient_of)
+    changed, values = [], []
+    with spoiled:
+        for _ in STEPS:
+            before = _tensors(trainer)
+            values.append(trainer.train_step())
+            changed.append(not _equal(before, _tensors(trainer)))
+    return _report(trainer, run_dir, changed, values)
+
+
+def give_up(options: dict[str, Any], run_dir: str) -> Guarded:
+    """Every step is poisoned."""
+    options = {**options, "checkpoint.run_dir": run_dir, "faults.nonfinite_patience": 2}
+    with mock.patch("tests.distributed.layouts.run.PackReader", PoisonedReader):
+        trainer = make_trainer(options, STEPS)
+    values, sentence = [], None
+    try:
+        for _ in STEPS:
+            trainer.reader.load_state_dict({"steps": POISONED})
+            values.append(trainer.train_step())
+    except GiveUp as error:
+        sentence = str(error)
+    return dataclasses.replace(_report(trainer, run_dir, [], values), gave_up=sentence)
+
+
+def _report(trainer: Trainer, run_dir: str, changed: list[bool], values: list[dict]) -> Guarded:
+    torch.distributed.barrier()
+    files = sorted(str(p.relative_to(run_dir)) for p in Path(run_dir).glob("nonfinite/*/*"))
+    return Guarded(changed, values, events.read(run_dir), files, trainer.nonfinite.state_dict())

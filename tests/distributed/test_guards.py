@@ -1,0 +1,58 @@
+"""Steps that go wrong are noticed by all ranks alike, in any layout, and leave no trace in the weights."""
+
+import pytest
+import torch
+
+from tests.distributed.layouts import guards
+from tests.distributed.layouts.table import TABLE
+
+LIMIT = 150.0
+LAYOUTS = {  # the ranks of the last replica's last stage, which see the loss of a poisoned pack
+    "TP2+SP, bf16": [0, 1],
+    "PP2 x VP2 x DP2, overlap": [3],
+    "DP2 x EP2": [1],
+    "TP2+SP x PP2 x DP2": [6, 7],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_step_without_a_finite_loss_changes_nothing(name, pool, tmp_path):
+    layout = TABLE[name]
+    ranks = pool.run(guards.train, layout.options, str(tmp_path), processes=layout.processes, limit=LIMIT)
+    for rank in ranks:
+        assert rank.changed == [True, False, True]
+        assert [values["grad_norm"] is None for values in rank.values] == [False, True, False]
+        assert [values["nonfinite_steps"] for values in rank.values] == [0, 1, 1]
+        assert rank.counters == {"nonfinite_steps": 1, "nonfinite_in_a_row": 0}
+    losses = [(v["ce"], v["mse"]) for v in ranks[-1].values]
+    assert None in losses[1] and None not in losses[0] + losses[2]
+    (event,) = ranks[0].events
+    assert (event["kind"], event["what"], event["step"]) == ("nonfinite", "loss", 2)
+    assert set(LAYOUTS[name]) <= set(event["ranks"])
+    of_one_pack = [[1, 3, number] for number in range(5)]  # step, place, sample
+    assert [sample["key"] for sample in event["samples"]] == of_one_pack
+    (file,) = ranks[0].files
+    assert file.startswith(event["file"] + "/rank")
+    saved = torch.load(tmp_path / file, weights_only=False)
+    (pack,) = saved["packs"].values()
+    assert saved["step"] == 2 and [list(key) for key in pack.keys] == of_one_pack
+    assert pack.vae_images[0].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["DP2, overlap", "TP2+SP", "CP2"])
+def test_a_gradient_that_is_not_finite_names_the_rank_that_computed_it(name, pool, tmp_path):
+    layout = TABLE[name]
+    ranks = pool.run(guards.train, layout.options, str(tmp_path), 1, processes=2, limit=LIMIT)
+    assert [rank.changed for rank in ranks] == [[True, False, True]] * 2
+    (event,) = ranks[0].events
+    assert (event["what"], event["ranks"]) == ("gradient", [1])
+
+
+def test_too_many_in_a_row_end_the_run_with_a_sentence(pool, tmp_path):
+    layout = TABLE["PP2 x VP2 x DP2, overlap"]
+    ranks = pool.run(guards.give_up, layout.options, str(tmp_path), processes=4, limit=LIMIT)
+    assert len({rank.gave_up for rank in ranks}) == 1
+    for part in ("step 2: the loss is not finite on rank", "5 samples (layouts tests/", "faults.nonfinite_patience"):
+        assert part in ranks[0].gave_up
+    assert [len(rank.values) for rank in ranks] == [1] * 4
+    assert [event["in_a_row"] for event in ranks[0].events] == [1, 2]
