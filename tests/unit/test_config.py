@@ -93,7 +93,7 @@ def test_help_explains_every_commented_field_and_shows_an_example(capsys):
         (
             "- 1",
             "must hold groups of settings (model, parallel, data, optimizer, training, kernels, checkpoint, "
-            "validation, logging)",
+            "validation, samples, faults, logging)",
         ),
         ({"model": {"hidden_size": "abc"}}, 'setting "model.hidden_size": expected int, found abc'),
         ({"model": {"layer_variant": "x"}}, "setting \"model.layer_variant\": expected one of ['mot', 'moe', 'dense']"),
