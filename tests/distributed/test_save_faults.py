@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabagel.checkpoint import folder, lock
-from tests.distributed import save_faults
-from tests.distributed.launch import launch
+from tests.distributed import forked, save_faults
 from tests.distributed.layouts.pool import Pool, RanksFailedError
 from tests.tiny_data import training_options, write_data
 
@@ -104,7 +103,7 @@ def test_a_run_folder_in_use_is_refused_at_the_start_with_the_name_of_the_job(tm
     owner = lock.Owner.me()
     (tmp_path / lock.LOCK).write_text(json.dumps(asdict(owner)))
     options = training_options(write_data(tmp_path / "data", ("text",)), tmp_path)
-    result = launch("megabagel.train", *options, processes=1)
+    result = forked.run("megabagel.train", *options, processes=1, timeout=120)
     assert result.returncode != 0 and f"is in use by another job ({owner})" in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", lock.LOCK]
 

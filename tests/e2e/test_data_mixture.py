@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from PIL import Image
 from megabagel.config.datasets import FORMATS, UND_ONLY
 from megabagel.data.faults import FAULTS_FILE
 from megabagel.training.metrics import read_metrics
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import ROOT, launch_ok
 from tests.tiny_data import training_options
 
 BUDGETS = ["--data.expected_num_tokens=2000", "--data.max_num_tokens=2400", "--data.max_num_tokens_per_sample=400"]
@@ -59,17 +56,8 @@ def with_groups(data: Path, **fields) -> dict:
 def train(data: Path, run_dir: Path, steps: int, *extra: str) -> tuple[list[dict], str]:
     """Metrics of a run in one process, and what it printed."""
     options = [*training_options(data / "data.yaml", run_dir, steps), *BUDGETS, *extra]
-    done = subprocess.run(
-        [sys.executable, "-m", "megabagel.train", *options],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout
-    return read_metrics(run_dir), done.stdout
+    printed = launch_ok("megabagel.train", *options, processes=1, timeout=180)
+    return read_metrics(run_dir), printed
 
 
 def test_all_formats_train_together(data, tmp_path):

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-WORKER = "tests.distributed.layouts.worker"
+from tests.distributed import forked
+
 SETTLE_SECONDS = 2.0  # how long the other ranks may take to report after one has failed
 DUMP_SECONDS = 1.0  # how long the workers may take to write their stacks
 
 
 def _serve(*arguments: Any) -> None:
-    importlib.import_module(WORKER).serve(*arguments)  # not imported here: it sets its whole process up
+    importlib.import_module(forked.PRELOADED).serve(*arguments)  # not imported here: it sets its whole process up
 
 
 class RanksFailedError(AssertionError):
@@ -35,7 +36,7 @@ class Pool:
     def __init__(self, size: int):
         self.size = size
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([WORKER])
+        forked.start_server()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._jobs = 0
         self._workers: list[multiprocessing.Process] = []
