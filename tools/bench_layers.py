@@ -11,6 +11,7 @@ attended, and by the visible pairs alone. The last line is JSON.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import sys
@@ -33,7 +34,7 @@ from megabagel.config.schema import Config, KernelConfig, ModelConfig, ParallelC
 from megabagel.models.build import DTYPES  # noqa: E402
 from megabagel.packing.plan import PackPlan  # noqa: E402
 from megabagel.runtime import distributed  # noqa: E402
-from megabagel.training.flops import decoder_flops, peak_tflops  # noqa: E402
+from megabagel.training.flops import decoder_flops, official_flops, peak_tflops  # noqa: E402
 
 OURS, THEIRS = "two streams", "gather and scatter"
 MOST_LAYERS = 28
@@ -45,16 +46,6 @@ SHAPES = {
         "fp32",
     ),
 }
-
-
-def official_flops(plan: PackPlan, model: ModelConfig) -> float:
-    """Forward and backward operations of the layers as BAGEL's training script counts them: six per weight and token,
-    and attention over all pairs of each sample's tokens, masked or not."""
-    head_dim = model.hidden_size // model.num_attention_heads
-    width = 2 * model.hidden_size + 2 * model.num_query_groups * head_dim + 3 * model.ffn_hidden_size
-    pairs = int(plan.sample_lens.square().sum())
-    per_layer = 6 * model.hidden_size * width * plan.sequence_length + 12 * model.hidden_size * pairs
-    return float(model.num_layers * per_layer)
 
 
 class Bench:
@@ -135,7 +126,8 @@ def measure(bench: Bench, repeats: int) -> dict[str, list[float]]:
 def describe(bench: Bench, name: str, times: list[float], peak: float | None) -> dict[str, float]:
     """What is reported of one decoder; rates by the median."""
     model, middle = bench.config.model, median(times)
-    counted = {"mask-aware": decoder_flops(bench.plan, model), "official": official_flops(bench.plan, model)}
+    of_layers = dataclasses.replace(model, vocab_size=0)
+    counted = {"mask-aware": decoder_flops(bench.plan, model), "official": official_flops(bench.plan, of_layers)}
     values = {"ms": 1e3 * middle, "ms least": 1e3 * min(times), "ms most": 1e3 * max(times)}
     values["tokens/s"] = bench.plan.sequence_length / middle
     for formula, flops in counted.items():

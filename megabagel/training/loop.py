@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -22,19 +21,20 @@ from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import log_values
 from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
-from megabagel.packing.plan import PackPlan
 from megabagel.runtime.distributed import Layout
 from megabagel.training.best import Best
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
-from megabagel.training.expert_losses import ExpertLosses, take_expert_losses
-from megabagel.training.flops import pack_flops
+from megabagel.training.expert_losses import take_expert_losses
 from megabagel.training.metrics import MetricsWriter
 from megabagel.training.nonfinite import NonfiniteSteps, finite_or_none
-from megabagel.training.optimizer import parameter_norm, set_learning_rate, update
+from megabagel.training.optimizer import set_learning_rate, update
 from megabagel.training.samples import Sample, Sampling
 from megabagel.training.schedule import lr_at
-from megabagel.training.step import LossCounts, Losses, count, forward_backward
+from megabagel.training.step import count, forward_backward
+from megabagel.training.step_content import content_of
+from megabagel.training.step_values import at_hand, gathered, not_gathered
+from megabagel.training.task_losses import TaskLosses
 from megabagel.training.validation import Validation
 
 
@@ -112,16 +112,19 @@ class Trainer:
         config, start = self.config, time.perf_counter()
         packs = self.reader.next_step()
         read = time.perf_counter()
-        plans = [pack.plan for pack in packs]
+        plans, contents = [pack.plan for pack in packs], content_of(packs, config.model)
         blanks = sum(pack.groups.count(BLANK) for pack in packs)
-        counts = count(plans, config.training, self.layout.device, blanks)
+        counts = count(plans, config.training, self.layout.device, blanks, contents)
         inputs = self.encoder(packs)
         encoded = time.perf_counter()
         for stage in self.stages:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
+        is_shown = (self.step + 1) % config.logging.log_interval == 0
+        tasks = TaskLosses(self.reader.state_dict()["groups"], packs, config, self.layout)
+        micro_batches = list(zip(plans, inputs, strict=True))
         losses = forward_backward(
-            self.stages, list(zip(plans, inputs, strict=True)), counts, config.training, self.rows
+            self.stages, micro_batches, counts, config.training, self.rows, tasks if is_shown else None
         )
         packs_of_step = config.training.global_batch_size
         expert_losses = take_expert_losses(self.stages, config.model, packs_of_step, self.layout.device)
@@ -138,42 +141,23 @@ class Trainer:
         self.samples += counts.samples
         end = time.perf_counter()
         times = {"step_time": end - start, "data_time": read - start, "encode_time": encoded - read}
-        return self._values(plans, counts, losses, expert_losses, lr, grad_norm, times)
-
-    def _values(
-        self,
-        plans: list[PackPlan],
-        counts: LossCounts,
-        losses: Losses,
-        expert_losses: ExpertLosses,
-        lr: float,
-        grad_norm: float,
-        times: dict[str, float],
-    ) -> dict[str, float | None]:
-        on_gpu = self.layout.device.type == "cuda"
-        flops = sum(pack_flops(plan, self.config.model) for plan in plans) * self.layout.dp_size
-        return {
-            "ce": finite_or_none(losses.ce),
-            "mse": finite_or_none(losses.mse),
+        closely = not_gathered()
+        if is_shown:
+            closely = gathered(config, self.layout, self.optimizer, self.ema, grad_norm)
+        values = {
+            **at_hand(config, self.layout, counts, contents, losses, times),
+            **tasks.values(),
+            **closely,
             "moe_aux_loss": expert_losses.balance,
             "moe_z_loss": expert_losses.z,
             "lr": lr,
-            "grad_norm": finite_or_none(grad_norm),
+            "grad_norm": grad_norm,
             "nonfinite_steps": self.nonfinite.total,
-            "tokens_per_sec": counts.tokens / times["step_time"],
-            "tflops_per_device": flops / times["step_time"] / self.layout.world_size / 1e12,
-            "tokens": counts.tokens,
-            "ce_tokens": counts.ce_tokens,
-            "mse_tokens": counts.mse_tokens,
-            "samples": counts.samples,
             "samples_seen": self.samples,
-            "params_norm": parameter_norm(self.optimizer),
             "encode_balance": self.encoder.balance,
-            "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
-            **times,
             **log_values(self.reader.state_dict()["faults"]),
         }
+        return {name: finite_or_none(value) for name, value in values.items()}
 
     def validate(self) -> None:
         """Measure the held-out losses if it is time to; every rank must call it."""

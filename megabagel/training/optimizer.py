@@ -6,13 +6,10 @@ The learning rate's course is in schedule.py.
 import math
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import optimizer as megatron_optimizer
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 
 from megabagel.config.schema import OptimizerConfig, ParallelConfig, TrainingConfig
 from megabagel.training import adam
@@ -89,15 +86,3 @@ def update(optimizer: MegatronOptimizer, losses_are_finite: bool = True) -> floa
             megatron_optimizer.clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
     optimizer.step_with_ready_grads()
     return norm
-
-
-@torch.no_grad()
-def parameter_norm(optimizer: MegatronOptimizer) -> float:
-    """L2 norm of all trainable parameters, replicated ones counted once; every rank must call it."""
-    parameters = [main for group in optimizer.param_groups for main in group["params"]]
-    counted = [p for p in parameters if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p)]
-    squares = torch.zeros((), device=parameters[0].device if parameters else "cpu")
-    if counted:
-        squares = torch.stack(torch._foreach_norm([main.float() for main in counted])).square().sum()
-    dist.all_reduce(squares)
-    return squares.sqrt().item()

@@ -4,8 +4,8 @@ Losses are divided by counts of the whole step, so the result does not depend on
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from megabagel.models.embeddings import StreamInputs
 from megabagel.models.heads import ChunkLosses
 from megabagel.packing.plan import PackPlan
 from megabagel.training.expert_losses import set_auxiliary_loss_scale
+from megabagel.training.task_losses import TaskLosses
 
 MicroBatch = tuple[PackPlan, StreamInputs | None]
+_SAMPLES = 4  # column of the samples among those that are counted of every plan
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,21 @@ class LossCounts:
     mse_tokens: int
     tokens: int
     samples: int
+    content: dict[str, float] = field(default_factory=dict)  # sums of what was given with each plan
 
 
-def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device, blanks: int = 0) -> LossCounts:
-    """Sum over this replica's plans and all data-parallel ranks; every rank must call it. `blanks`: how many of the
-    samples only stand in for missing ones."""
+def count(
+    plans: list[PackPlan],
+    training: TrainingConfig,
+    device: torch.device,
+    blanks: int = 0,
+    contents: Sequence[Mapping[str, float]] | None = None,
+) -> LossCounts:
+    """Sum over this replica's plans and all data-parallel ranks; every rank must call it.
+
+    `blanks`: how many of the samples only stand in for missing ones. `contents`: more to sum up, of each plan.
+    """
+    contents = contents or [{}] * len(plans)
     per_plan = [
         (
             plan.ce_weights.double().sum().item() if training.ce_loss_reweighting else plan.ce_rows.numel(),
@@ -43,14 +55,16 @@ def count(plans: list[PackPlan], training: TrainingConfig, device: torch.device,
             plan.mse_rows.numel(),
             plan.sequence_length,
             plan.sample_lens.numel(),
+            *content.values(),
         )
-        for plan in plans
+        for plan, content in zip(plans, contents, strict=True)
     ]
     total = torch.tensor(per_plan, dtype=torch.float64, device=device).sum(dim=0)
-    total[-1] -= blanks
+    total[_SAMPLES] -= blanks
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    ce, *integers = total.tolist()
-    return LossCounts(ce, *(int(n) for n in integers))
+    ce, *integers = total[: _SAMPLES + 1].tolist()
+    content = dict(zip(contents[0], total[_SAMPLES + 1 :].tolist(), strict=True))
+    return LossCounts(ce, *(int(n) for n in integers), content)
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,13 @@ def forward_backward(
     counts: LossCounts,
     training: TrainingConfig,
     rows: int,
+    tasks: TaskLosses | None = None,
 ) -> Losses:
     """Run all micro-batches through the pipeline; gradients are left in the DDP buffers, summed over data
     and context parallel.
 
-    `rows`: padded rows [und | gen] of every pack, the length of the tensor that travels between stages.
+    `rows`: padded rows [und | gen] of every pack, the length of the tensor that travels between stages. `tasks`: takes
+    the step's losses apart, if given.
     """
 
     replicas = parallel_state.get_data_parallel_world_size()
@@ -94,7 +110,13 @@ def forward_backward(
 
     def forward_step(batches: Iterator[MicroBatch], stage: nn.Module):
         plan, inputs = next(batches)
-        return stage(plan, inputs), lambda output: _loss(output, counts, training)
+
+        def loss(output: ChunkLosses) -> tuple[Tensor, Tensor, dict]:
+            if tasks:
+                tasks.add(plan, output)
+            return _loss(output, counts, training)
+
+        return stage(plan, inputs), loss
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -110,6 +132,12 @@ def forward_backward(
         return Losses(None, None)
     of_packs = torch.stack([torch.stack([r["ce"], r["mse"]]) for r in reports])
     sums = of_packs.double().sum(dim=0)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    ce, mse = sums.tolist()
+    if parallel_state.get_tensor_model_parallel_rank() > 0:  # all of a tensor-parallel group report the same
+        sums.zero_()
+    if tasks:
+        sums = torch.cat([sums, tasks.sums().to(sums.device)])
+    dist.all_reduce(sums, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    ce, mse, *_ = sums.tolist()
+    if tasks:
+        tasks.take(sums[2:])
     return Losses(ce if counts.ce_tokens else None, mse if counts.mse_tokens else None, of_packs)

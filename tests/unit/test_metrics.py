@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megabagel.config.load import load_config
 from megabagel.config.schema import Config
+from megabagel.models.costs import autoencoder_flops
 from megabagel.training.console import Console
-from megabagel.training.flops import pack_flops, peak_tflops
+from megabagel.training.flops import COMPONENTS, component_flops, official_flops, pack_flops, peak_tflops
 from megabagel.training.metrics import MetricsWriter, read_metrics
 from tests.tiny_data import GOLDEN
 from tests.unit.test_packing import golden_plan
@@ -165,7 +166,18 @@ def test_flops_count_visible_pairs_and_loss_rows(case):
     tower = model.vit.num_layers * (2 * (4 * v * v + 2 * v * model.vit.ffn_hidden_size) * n + 4 * v * squares)
     tower += 2 * 3 * model.vit.patch_size**2 * v * n
     connector = 2 * (v * h + h * h) * n
-    assert pack_flops(plan, model) == 3 * (decoder + heads + tower + connector)
+    side = model.vae.downsample * model.latent_patch_size
+    pixels = [(rows * side, columns * side) for rows, columns in plan.latent_grids.tolist()]
+    encoding = sum(autoencoder_flops(model.vae, *size) for size in pixels)
+    assert pack_flops(plan, model) == 3 * (decoder + heads + tower + connector) + encoding
+    parts = component_flops(plan, model)
+    assert sum(parts.values()) == pack_flops(plan, model) and parts.keys() == set(COMPONENTS)
+    assert parts["vit"] == 3 * tower and parts["vae"] == encoding > 0
+    half = component_flops(plan, model, [False] + [True] * (len(pixels) - 1), [True] * len(plan.vit_seqlens))
+    assert half == parts | {"vit": 0, "vae": autoencoder_flops(model.vae, *pixels[0])}
+    weights = layers * matrices + 2 * h * model.vocab_size
+    all_pairs = sum(length**2 for length in plan.sample_lens.tolist())
+    assert official_flops(plan, model) == 6 * weights * tokens + 12 * h * layers * all_pairs
 
     frozen_vit = dataclasses.replace(model, freeze_vit=True)
     assert pack_flops(plan, model) - pack_flops(plan, frozen_vit) == 2 * tower

@@ -45,7 +45,7 @@ def table_of(plan, groups, cp: int = 1, tp: int = 1, sequence_parallel: bool = F
             table.add(plan, groups, ChunkLosses(ce.sum(), mse.sum(), ce, mse))
             tables.append(table)
     for other in tables[1:]:
-        tables[0]._sums += other._sums
+        tables[0].take(tables[0].sums() + other.sums())
     return tables[0]
 
 

@@ -93,7 +93,7 @@ class PackReader:
         return [make_pack(self._steps[step][place], (step, place), *self._shape) for place in places]
 
     def state_dict(self) -> dict:
-        return {"faults": {"num_good": {}, "num_bad": {}}, "steps": self._read}
+        return {"groups": ["layouts"], "faults": {"num_good": {}, "num_bad": {}}, "steps": self._read}
 
     def load_state_dict(self, state: dict) -> None:
         self._read = state["steps"]
