@@ -19,7 +19,7 @@ from megabagel.inference.flow import Canvas, FlowSettings, denoise
 from megabagel.inference.network import Network
 from megabagel.inference.pictures import from_latents, to_pixels
 from megabagel.inference.sizes import PictureSizes
-from megabagel.inference.text import TextSettings, decode
+from megabagel.inference.text import TextSettings, TokenReport, decode
 from megabagel.models.autoencoder import Autoencoder
 from megabagel.runtime import rng
 
@@ -64,7 +64,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         think: bool = False,
         system_prompt: str | None = None,
-        on_tokens: Callable[[list[int | None]], None] = lambda _: None,
+        on_tokens: TokenReport = lambda _: None,
     ) -> list[str]:
         """A text for each prompt. `think`: reasoning comes first, after `system_prompt` or the one for it here."""
         system = system_prompt or (THINK_BEFORE_ANSWER if think else None)
@@ -81,6 +81,7 @@ class Generator:
         think: bool = False,
         thinking: TextSettings = WRITING,
         system_prompt: str | None = None,
+        on_tokens: TokenReport = lambda _: None,
         on_step: Callable[..., None] = lambda *_: None,
     ) -> list[Drawn]:
         """A picture for each prompt, of the size of the prompt's last picture if none is given (an edit). `think`: a
@@ -88,7 +89,7 @@ class Generator:
         makes none."""
         system = system_prompt or (THINK_BEFORE_PICTURE if think else None)
         conversations = self._open(prompts, seeds, system, draws=True)
-        thoughts = self._write(conversations, thinking) if think else [None] * len(conversations)
+        thoughts = self._write(conversations, thinking, on_tokens) if think else [None] * len(conversations)
         images = self._draw(conversations, settings, height, width, on_step)
         return [Drawn(image, thought) for image, thought in zip(images, thoughts, strict=True)]
 
@@ -103,6 +104,7 @@ class Generator:
         width: int | None = None,
         seeds: Sequence[int] | None = None,
         system_prompt: str | None = None,
+        on_tokens: TokenReport = lambda _: None,
         on_step: Callable[..., None] = lambda *_: None,
     ) -> list[list[Part]]:
         """For each prompt texts and pictures in the order of `turns`; each is read before the next one is made."""
@@ -110,7 +112,7 @@ class Generator:
         made: list[list[Part]] = [[] for _ in conversations]
         for turn in turns:
             if turn == "text":
-                parts = self._write(conversations, writing)
+                parts = self._write(conversations, writing, on_tokens)
             else:
                 parts = self._draw(conversations, settings, height, width, on_step)
                 self.reader.show(list(zip(conversations, parts, strict=True)))
@@ -137,7 +139,7 @@ class Generator:
         self,
         conversations: Sequence[Conversation],
         settings: TextSettings,
-        on_tokens: Callable[[list[int | None]], None] = lambda _: None,
+        on_tokens: TokenReport = lambda _: None,
     ) -> list[str]:
         contexts, seeds = [c.context for c in conversations], [c.seed for c in conversations]
         return [self.tokenizer.decode(ids) for ids in decode(self.network, contexts, settings, seeds, on_tokens)]

@@ -3,7 +3,7 @@
 A draw depends on the seed and the number of the token alone, so what else is in the batch changes nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,10 @@ class TextSettings:
             raise ConfigError(f"top_p {self.top_p} is a probability: from 0 to 1.")
 
 
+# new token of each context, None for those that have ended -> those that shall end now; None: none shall
+TokenReport = Callable[[list[int | None]], Collection[int] | None]
+
+
 def choose(logits: Tensor, settings: TextSettings, seed: int, number: int) -> int:
     """Id of token `number` from its scores, float [vocabulary]."""
     if settings.temperature == 0:
@@ -49,12 +53,11 @@ def decode(
     contexts: Sequence[Context],
     settings: TextSettings,
     seeds: Sequence[int],
-    on_tokens: Callable[[list[int | None]], None] = lambda _: None,
+    on_tokens: TokenReport = lambda _: None,
 ) -> list[list[int]]:
     """Texts that continue `contexts`, frame tokens not included; each ends with the end token or `max_tokens`.
 
-    A context has read its text afterwards, framed as every text is. `on_tokens` is told the new token of each context,
-    None for those that have ended.
+    A context has read its text afterwards, framed as every text is. `on_tokens` hears of every token and may end texts.
     """
     special = network.geometry.special_tokens
     texts: list[list[int]] = [[] for _ in contexts]
@@ -70,8 +73,8 @@ def decode(
             if token != special.eos:
                 new[n] = token
                 texts[n].append(token)
-        on_tokens(new)
-        going = [n for n in going if new[n] is not None and len(texts[n]) < settings.max_tokens]
+        ended = on_tokens(new) or ()
+        going = [n for n in going if new[n] is not None and n not in ended and len(texts[n]) < settings.max_tokens]
     ends = [tokens if tokens == [special.eos] else [*tokens, special.eos] for tokens in fed]
     network.read_tokens(contexts, ends)
     return texts
