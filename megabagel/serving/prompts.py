@@ -20,9 +20,10 @@ from megabagel.serving.limits import ApiError, Limits
 from megabagel.serving.requests import MAX_SEED, ChatRequest, FlowFields, ImageRequest, Message
 from megabagel.serving.work import Call, Work
 
+_TOKENS = 512  # of a text, if the request does not say
 _LONGEST_TOKEN = 128  # characters; a text with more of them than this allows has too many tokens, uncounted
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,")
-_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class Prompts:
         """Messages are read in order; BAGEL has no roles. Raises ApiError."""
         modalities = request.modalities or ["text"]
         kind = " and ".join(name for name, of in (("text", "text"), ("picture", "image")) if of in modalities)
-        most = request.max_completion_tokens or request.max_tokens or min(512, self.limits.max_tokens)
-        _at_most("max_tokens", most, self.limits.max_tokens)
+        most = self._max_tokens(request.max_completion_tokens or request.max_tokens)
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         if any(not 1 <= len(stop) <= 200 for stop in stops):
             raise ApiError(400, "`stop` is wrong: a stop sequence has 1 to 200 characters.", "stop")
@@ -64,7 +64,11 @@ class Prompts:
 
     def image(self, request: ImageRequest, shown: Sequence[bytes] = ()) -> Asked:
         """A picture, after the pictures `shown`. Raises ApiError."""
-        return self._asked(request, "picture", [*shown, request.prompt], min(512, self.limits.max_tokens))
+        return self._asked(request, "picture", [*shown, request.prompt], self._max_tokens(request.max_tokens))
+
+    def _max_tokens(self, asked: int | None) -> int:
+        _at_most("max_tokens", asked or 1, self.limits.max_tokens)
+        return asked or min(_TOKENS, self.limits.max_tokens)
 
     def _message(self, message: Message) -> list[str | bytes]:
         content = message.content or []

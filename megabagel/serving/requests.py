@@ -85,6 +85,7 @@ class FlowFields(Strict):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     think: bool = False
+    max_tokens: Annotated[int, Field(ge=1)] | None = None  # of a text, also of what is thought before a picture
     num_timesteps: Annotated[int, Field(ge=2)] | None = None
     timestep_shift: Annotated[float, Field(gt=0, le=100)] | None = None
     cfg_text_scale: Scale | None = None
@@ -116,7 +117,6 @@ class ChatRequest(FlowFields):
     modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1, max_length=2)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Unit | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream_options: StreamOptions | None = None

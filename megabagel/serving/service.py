@@ -1,6 +1,7 @@
 """What the server has: the model's thread, the queue, and the way of a request from the socket into it."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from megabagel.serving.session import Session
 from megabagel.serving.waiting import Waiting
 from megabagel.serving.worker import Worker
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every broken form
 _READERS = 2  # requests that are taken apart at the same time
 Result = TypeVar("Result")
 Parsed, Wanted = TypeVar("Parsed"), TypeVar("Wanted")

@@ -70,7 +70,7 @@ class _Reporter(Listener):
             return TEXT_OVER
         self._say(n, text.push(token))
         if text.stopped or text.tokens >= job.work.max_tokens:
-            self._end(n, "stop" if text.stopped else "length")
+            self._end(n, "length")
             return TEXT_OVER
         return GOING
 
@@ -80,9 +80,9 @@ class _Reporter(Listener):
 
     def _end(self, n: int, finish: str) -> None:
         self._say(n, self.texts[n].close())
-        self.finish[n] = finish
+        self.finish[n] = "stop" if self.texts[n].stopped else finish
         if self.works[n].call.kind == "text":
-            self.jobs[n].send(Done(finish, self.texts[n].tokens, None, None))
+            self.jobs[n].send(Done(self.finish[n], self.texts[n].tokens, None, None))
 
     def step(self, number: int) -> list[int]:
         for job in self.jobs:
