@@ -1,28 +1,52 @@
 """Train or fine-tune: `python -m megabagel.train --config FILE [--group.key value ...]`, alone or under torchrun."""
 
+import dataclasses
+
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.config.checks import ConfigError, check_config
 from megabagel.config.load import load_config, to_yaml
+from megabagel.config.schema import Config
 from megabagel.data.faults import DataError
 from megabagel.models.autoencoder import AutoencoderError
-from megabagel.runtime import distributed, failure
+from megabagel.runtime import distributed, failure, stop_signals
+from megabagel.runtime.distributed import Layout
 from megabagel.runtime.give_up import GiveUp
+from megabagel.runtime.stop_signals import StopSignals
+
+_EXPECTED = (ConfigError, DataError, CheckpointError, AutoencoderError, GiveUp)
 
 
 def main(argv: list[str] | None = None) -> None:
     """What the configuration and the headers of its files can tell is checked before any rank allocates memory."""
-    with failure.guard(ConfigError, DataError, CheckpointError, AutoencoderError, GiveUp):
+    with stop_signals.watched() as signals, failure.guard(*_EXPECTED, hopeless=(ConfigError, GiveUp)) as guarded:
         config = load_config(argv)
         check_config(config, distributed.world_size())
+        guarded.run_dir = config.checkpoint.run_dir
         layout = distributed.initialize(config.parallel, config.training.seed)
         if layout.rank == 0:
             print(to_yaml(config), flush=True)
-        from megabagel.checkpoint.lock import own  # after the device is chosen
-        from megabagel.training.setup import build_trainer
-
-        with own(config.checkpoint.run_dir, layout.rank):
-            build_trainer(config, layout).run()
+        _train(config, layout, signals)
         distributed.destroy()
+
+
+def _train(config: Config, layout: Layout, signals: StopSignals) -> None:
+    """Build and train; rank 0 records the attempt."""
+    from megabagel.checkpoint.lock import own  # after the device is chosen
+    from megabagel.training import attempts
+    from megabagel.training.setup import build_trainer
+    from megabagel.training.stopping import Stop
+
+    run_dir, faults = config.checkpoint.run_dir, config.faults
+    with own(run_dir, layout.rank):
+        if layout.rank == 0:
+            attempts.launch(run_dir, faults.max_restarts_without_progress)
+        trainer = build_trainer(config, layout, Stop(faults, signals, layout.device))
+        if layout.rank == 0:
+            sizes = {name: size for name, size in dataclasses.asdict(config.parallel).items() if "_size" in name}
+            attempts.started(run_dir, trainer.step, world_size=layout.world_size, dp_size=layout.dp_size, layout=sizes)
+        end = trainer.run()
+        if layout.rank == 0:
+            attempts.ended(run_dir, trainer.step, end.reason, end.saved)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ _KEPT = 2  # a kill while the newest is being written may leave ranks one step a
 class LocalStore:
     """The local checkpoints of this rank; every rank has one, and a rank's files are nobody else's business."""
 
-    def __init__(self, local_dir: str | Path, run_id: str, rank: int):
+    def __init__(self, local_dir: str | Path, run_id: str, rank: int, run_dir: str | Path | None = None):
+        self.run_dir = run_dir
         self.path = Path(local_dir) / run_id / f"rank_{rank:05d}"
         self.rank = rank
 
@@ -50,7 +51,7 @@ class LocalStore:
         dist.broadcast_object_list(found, src=0)
         if isinstance(found[0], CheckpointError):
             raise found[0]
-        return cls(local_dir, found[0], dist.get_rank())
+        return cls(local_dir, found[0], dist.get_rank(), run_dir)
 
     def steps(self) -> list[int]:
         """Steps of undamaged checkpoints by their sizes, newest first."""
@@ -136,6 +137,11 @@ class LocalJob:
     pieces: Sequence[Piece]
     objects: dict[str, object]
     common: dict[str, Any]
+
+    @property
+    def run_dir(self) -> str | Path | None:
+        """Of the run that it belongs to, if known."""
+        return self.store.run_dir
 
     def write(self) -> int:
         """Bytes written; 0 and a warning when they could not be: other ranks are not asked, and the run goes on."""

@@ -35,7 +35,8 @@ _POLL_SECONDS = 0.5
 class Owner:
     """Who holds a run folder. `boot` and `namespace` tell whether `pid` and `started` mean anything to another process.
 
-    `job` and `restart`: SLURM's job id and how often it requeued the job. `since`: UTC, ISO 8601.
+    `job` and `restart`: SLURM's job id and how often it requeued the job. `since`: UTC, ISO 8601. `run`: torchrun's
+    name of the workers that it starts and starts again.
     """
 
     token: str
@@ -47,6 +48,7 @@ class Owner:
     job: str
     restart: int
     since: str
+    run: str = ""
 
     @classmethod
     def me(cls) -> "Owner":
@@ -60,6 +62,7 @@ class Owner:
             job=os.environ.get("SLURM_JOB_ID", ""),
             restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
             since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            run=os.environ.get("TORCHELASTIC_RUN_ID", ""),
         )
 
     @property
@@ -71,9 +74,11 @@ class Owner:
         me = Owner.me()
         if self.job and self.job == me.job and self.restart < me.restart:
             return False  # SLURM has ended it before it started the job again
-        if not self.boot or self.process[:2] != me.process[:2]:
-            return None
-        return _start_of(self.pid) == self.started
+        if self.boot and self.process[:2] == me.process[:2]:
+            return _start_of(self.pid) == self.started
+        if self.job and (self.job, self.run) == (me.job, me.run):
+            return False  # torchrun starts workers again when the old ones, or the machine that they were on, are gone
+        return None
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""

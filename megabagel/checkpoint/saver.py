@@ -3,6 +3,7 @@
 What belongs into a checkpoint is `distributed`'s business, the form of its files `torch_dist_writer`'s.
 """
 
+import contextlib
 import copy
 import logging
 import threading
@@ -20,6 +21,7 @@ from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.local import LocalJob
 from megabagel.checkpoint.pieces import Piece
 from megabagel.checkpoint.torch_dist_writer import PieceWriter, Written, finish
+from megabagel.runtime import events
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Saver:
         self._failure: BaseException | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._times: dict[str, float] = {}
+        self.longest = 0.0  # seconds of the longest save so far
 
     def save(self, job: Job | LocalJob) -> None:
         """Start to write a checkpoint; a save that still goes on is waited for.
@@ -68,10 +71,11 @@ class Saver:
                 self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
             staged = replace(job, pieces=self._stage(job.pieces), common=copy.deepcopy(job.common))
             # a daemon: a process that fails must not wait for others that it will never hear of
-            self._thread = threading.Thread(target=self._run, args=(staged, begin), name="save", daemon=True)
+            blocked = time.perf_counter() - begin
+            self._thread = threading.Thread(target=self._run, args=(staged, begin, blocked), name="save", daemon=True)
             self._thread.start()
         else:
-            self._run(job, begin)
+            self._run(job, begin, None)
         self._times["save_blocked_time"] = time.perf_counter() - begin
         self.check()
 
@@ -95,7 +99,7 @@ class Saver:
         """Seconds, once each: `save_blocked_time` that the last `save` took, `save_time` until it was on disk."""
         return {name: self._times.pop(name) for name in list(self._times)}
 
-    def _run(self, job: Job | LocalJob, begin: float) -> None:
+    def _run(self, job: Job | LocalJob, begin: float, blocked: float | None) -> None:
         try:
             size = job.write() if isinstance(job, LocalJob) else _write(job, self._group, self._keep)
         except BaseException as error:  # the main thread raises it
@@ -103,7 +107,12 @@ class Saver:
             return
         seconds = time.perf_counter() - begin
         self._times["save_time"] = seconds
+        self.longest = max(self.longest, seconds)
         if dist.get_rank() == 0:
+            if job.run_dir is not None and size:
+                details = {"seconds": seconds, "blocked": seconds if blocked is None else blocked}
+                with contextlib.suppress(OSError):  # the checkpoint is whole without it
+                    events.record(job.run_dir, "save", step=job.step, **details, local=isinstance(job, LocalJob))
             logger.info("checkpoint after step %d: %.2f GB written in %.1f s", job.step, size / 1e9, seconds)
 
     def _stage(self, pieces: Sequence[Piece]) -> list[Piece]:

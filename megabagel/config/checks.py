@@ -70,7 +70,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size recompute_num_layers"),
         "checkpoint": (config.checkpoint, "keep_last keep_every keep_best local_save_interval"),
-        "faults": (config.faults, "nonfinite_patience spike_window spike_threshold"),
+        "faults": (config.faults, "nonfinite_patience spike_window spike_threshold time_limit_margin"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
     for group, (values, names) in positive.items():
@@ -84,11 +84,11 @@ def _ranges(config: Config) -> Iterator[str]:
         "training": (training, "ce_weight mse_weight seed"),
         "kernels": (config.kernels, "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16"),
         "checkpoint": (config.checkpoint, "save_interval"),
-        "faults": (config.faults, "max_rollbacks"),
+        "faults": (config.faults, "max_rollbacks max_restarts_without_progress"),
     }
     for group, (values, names) in not_negative.items():
         for name in names.split():
-            if not (value := getattr(values, name)) >= 0:
+            if (value := getattr(values, name)) is not None and not value >= 0:
                 yield f"{group}.{name} is {value}, but must not be negative."
     for name in ("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"):
         if not 0 <= (value := getattr(data, name)) <= 1:

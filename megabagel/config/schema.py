@@ -215,7 +215,7 @@ class SamplesConfig:
 
 @dataclass
 class FaultsConfig:
-    """What a run does about steps that go wrong."""
+    """What a run does about steps that go wrong, and when it stops before its end."""
 
     nonfinite_patience: int = 10  # steps in a row without a finite loss and gradient, then the run stops for good
     spike_action: Literal["none", "log", "rollback"] = (
@@ -224,6 +224,8 @@ class FaultsConfig:
     spike_window: int = 128  # last steps that a loss is compared with; none is judged before there are so many
     spike_threshold: float = 10.0  # above their median, in standard deviations (robust: 1.4826 MAD)
     max_rollbacks: int = 3  # of a run; it stops for good at the next spike
+    max_restarts_without_progress: int | None = 3  # more starts in a row without a new checkpoint: it gives up
+    time_limit_margin: float | None = 300.0  # seconds before the end of a SLURM job at which it saves and stops
 
 
 @dataclass

@@ -83,7 +83,8 @@ def _main_module() -> list[str]:
 
 def _work(channel: socket.socket) -> None:
     """The life of a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they reach the whole group
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when it ends, and with it this process
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
     try:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megabagel.config.errors import ConfigError
 from megabagel.config.schema import ParallelConfig
-from megabagel.runtime import cpu_megatron
+from megabagel.runtime import cpu_megatron, failure
 from megabagel.runtime.host_memory import keep_freed_blocks
 
 _TIMEOUT = timedelta(minutes=30)
@@ -146,7 +146,11 @@ def _start_process_group(device: torch.device) -> None:
     if dist.is_initialized():  # the caller lays several models out one after the other
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    store = failure.shared_store("groups")
+    if store is not None:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)

@@ -14,63 +14,88 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megabagel.runtime import events, exit_codes
+
 POLL_SECONDS = 1.0  # how often a healthy rank looks whether another one failed
 HEARD_SECONDS = 3.0  # how long the failing rank waits for the others to fall silent before it speaks
 LEAVE_SECONDS = 5.0  # how long a silenced rank waits for the launcher to end it before it leaves by itself
 AGENT_SECONDS = 15.0  # how long a failed torchrun may take to end before its last line is left as it is
+LAST_SECONDS = 60.0  # how long the rank that holds the store waits for the others to come to their end
+_MEET = timedelta(minutes=10)  # until all ranks have imported what they need
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
+@dataclass
+class Guarded:
+    """What the body of `guard` may tell: where failures are recorded as events, once that is known."""
+
+    run_dir: str | Path | None = None
+
+
 @contextlib.contextmanager
-def guard(*expected: type[BaseException]) -> Iterator[None]:
+def guard(*expected: type[BaseException], hopeless: tuple[type[BaseException], ...] = ()) -> Iterator[Guarded]:
     """Run the body; an exception in it on any rank ends every rank with a non-zero exit code.
 
     The failing rank prints `rank 3: <sentence>`: for the `expected` types the sentence alone, for anything else the
-    traceback above it. The others fall silent first. The ranks find each other through the store of torchrun's agent; a
-    process that torchrun did not start prints its own message and ends alone.
+    traceback above it. The others fall silent first. The ranks find each other through a store that torchrun has
+    prepared; a process that torchrun did not start prints its own message and ends alone. `hopeless`: types after which
+    nobody should start again; the exit code says so.
     """
-    store = _agent_store()
-    done = threading.Event()
+    store, guarded, done = shared_store("failure"), Guarded(), threading.Event()
     if store is not None:
         threading.Thread(target=_watch, args=(store.clone(), done), name="failure-watch", daemon=True).start()
     try:
-        yield
+        yield guarded
     except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
     except SystemExit:  # asked for, as by --help
         raise
     except BaseException as error:  # torch has errors that are not Exceptions
         done.set()
-        _fail(error, isinstance(error, expected), store)
+        sentence = str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
+        details = "" if isinstance(error, expected) else "".join(traceback.format_exception(error))
+        if store is not None and details and any(text in str(error) for text in _LOST_PEER):
+            time.sleep(2 * POLL_SECONDS)  # a peer has gone: what it has to say, or torchrun about it, comes first
+        code = exit_codes.GIVE_UP if isinstance(error, hopeless) else exit_codes.FAILED
+        end(sentence, store, details=details, code=code, run_dir=guarded.run_dir)
     finally:
         done.set()
-
-
-def _fail(error: BaseException, is_expected: bool, store: dist.Store | None) -> None:
-    """Claim the failure, wait until the other ranks are silent, say what happened, and end this process."""
     if store is not None:
-        if not is_expected and any(text in str(error) for text in _LOST_PEER):
-            time.sleep(2 * POLL_SECONDS)  # a peer has gone: what it has to say, or torchrun about it, comes first
+        _last_out(store)
+
+
+def end(
+    sentence: str, store: dist.Store | None, *, details: str = "", code: int = 1, run_dir: str | Path | None = None
+) -> None:
+    """Claim the failure, wait until the other ranks are silent, say what happened, and end this process.
+
+    `store`: `shared_store("failure")`. From any thread. What this rank says is recorded in the events of `run_dir`.
+    """
+    if store is not None:
         if store.add("failed", 1) > 1:
             _fall_silent(store)
         deadline = time.monotonic() + HEARD_SECONDS
         others = int(os.environ["WORLD_SIZE"]) - 1
         while store.add("silent", 0) < others and time.monotonic() < deadline:
             time.sleep(0.05)
-    sentence = str(error) if is_expected else f"{type(error).__name__}: {error}"
     message = f"rank {os.environ.get('RANK', '0')}: {sentence}"
-    details = "" if is_expected else "".join(traceback.format_exception(error))
     sys.stdout.flush()
     print(details + message, file=sys.stderr, flush=True)
+    if run_dir is not None:
+        with contextlib.suppress(OSError):
+            reason = "give_up" if code == exit_codes.GIVE_UP else "failed"
+            events.record(run_dir, "failure", message=message)
+            events.record(run_dir, "end", step=None, reason=reason, saved=False, message=message)
     if _under_torchrun():
         _tell_torchrun(message)
         _repeat_after_torchrun(message)
-    _leave(1)
+    leave(code)
 
 
 def _tell_torchrun(message: str) -> None:
@@ -98,27 +123,49 @@ def _repeat_after_torchrun(message: str) -> None:
 
 
 def _watch(store: dist.Store, done: threading.Event) -> None:
-    """Fall silent when another rank has failed, then leave. The main thread may be stuck in a collective meanwhile."""
+    """Fall silent when another rank has failed or the launcher has gone, then leave. The main thread may be stuck in a
+    collective meanwhile."""
+    launcher = os.getppid()
     while not done.wait(POLL_SECONDS):
         try:
-            failed = store.check(["failed"])
-        except dist.DistError:  # the agent has gone, and with it the run
+            failed = store.check(["failed"]) or os.getppid() != launcher
+        except dist.DistError:  # whoever held the store has gone, and with it the run
             failed = True
         if failed and not done.is_set():
             _fall_silent(store)
 
 
-def _agent_store() -> dist.Store | None:
-    """The store of torchrun's agent under a prefix of this start of the workers; None without torchrun or peers."""
+def _last_out(store: dist.Store) -> None:
+    """Come to the end together: the store may live in this process, and the others look into it until they end."""
+    with contextlib.suppress(dist.DistError):
+        arrived = store.add("ended", 1)
+        deadline = time.monotonic() + LAST_SECONDS
+        while _holds_store() and arrived < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            arrived = store.add("ended", 0)
+
+
+def shared_store(prefix: str) -> dist.Store | None:
+    """A client of the store that all workers of this start share, below `prefix`; None without torchrun or peers.
+
+    The store of torchrun's agent if it lends it, else one of rank 0. The agent's outlives its workers, so what one
+    start has written is kept from the next.
+    """
     if not _under_torchrun() or os.environ["WORLD_SIZE"] == "1":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
-    return dist.PrefixStore(f"megabagel/failure/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = dist.TCPStore(host, port, None, _holds_store(), _MEET, wait_for_workers=False, multi_tenant=True)
+    is_lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if is_lent else "only"
+    return dist.PrefixStore(f"megabagel/{start}/{prefix}", store)
 
 
 def _under_torchrun() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _holds_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ["RANK"] == "0"
 
 
 def _fall_silent(store: dist.Store) -> None:
@@ -129,11 +176,11 @@ def _fall_silent(store: dist.Store) -> None:
     with contextlib.suppress(dist.DistError):
         store.add("silent", 1)
     time.sleep(LEAVE_SECONDS)
-    _leave(1)
+    leave(exit_codes.FAILED)
 
 
-def _leave(code: int) -> None:
-    """End without the interpreter's shutdown, which could wait for a collective; data workers go first."""
+def leave(code: int) -> None:
+    """End this process without the interpreter's shutdown, which could wait for a collective; data workers go first."""
     for child in multiprocessing.active_children():
         child.kill()
     with contextlib.suppress(OSError, ValueError):

@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -34,8 +35,16 @@ from megabagel.training.schedule import lr_at
 from megabagel.training.step import count, forward_backward
 from megabagel.training.step_content import content_of
 from megabagel.training.step_values import at_hand, gathered, not_gathered
+from megabagel.training.stopping import Stop
 from megabagel.training.task_losses import TaskLosses
 from megabagel.training.validation import Validation
+
+
+class End(NamedTuple):
+    """Why a run has ended, by the names of `runtime.outcome`, and whether a checkpoint has all that it did."""
+
+    reason: str
+    saved: bool
 
 
 @dataclass
@@ -53,6 +62,7 @@ class Trainer:
     validation: Validation | None = None
     sampling: Sampling | None = None
     local: LocalStore | None = None  # of this rank's fast checkpoints
+    stop: Stop | None = None  # who may ask for an early end; None: nobody
     step: int = 0
     samples: int = 0
     measured: dict[str, float | None] = field(default_factory=dict)  # by the validation after the last step, if any
@@ -63,8 +73,8 @@ class Trainer:
         self.nonfinite = NonfiniteSteps(run_dir, faults.nonfinite_patience, self.layout)
         self.saver = Saver(self.config.checkpoint.async_save, Keep.of(self.config.checkpoint))
 
-    def run(self) -> None:
-        """Train up to `training.train_steps`, or to the end of the data, then write the last checkpoint."""
+    def run(self) -> End:
+        """Train up to `training.train_steps`, to the end of the data or until asked to stop; then save."""
         config = self.config
         writer = None
         if self.layout.is_last_stage_writer:
@@ -72,20 +82,25 @@ class Trainer:
                 Path(config.checkpoint.run_dir), config, start_step=self.step, train_steps=config.training.train_steps
             )
         try:
-            saved = self.step
+            reason, saved, longest = "done", self.step, 0.0
             while self.step < config.training.train_steps:
                 if self.best.is_exhausted:
                     self._say(f"training ends after step {self.step}: {self.best.sentence()}")
-                    if config.checkpoint.save_interval and saved < self.step:
-                        self.start_save()
+                    reason = "early_stop"
+                    break
+                if self.stop and (asked := self.stop.agreed(longest + self.saver.longest)):
+                    is_kept = config.checkpoint.save_interval > 0
+                    kept = "its state is saved" if is_kept else "nothing is saved, as checkpoint.save_interval is 0"
+                    self._say(f"training stops after step {self.step}: {asked.text}; {kept}")
+                    reason = asked.kind
                     break
                 try:
                     values = self.train_step()
                 except EndOfData as end:
                     self._say(f"the data end after step {self.step}: {end}")
-                    if config.checkpoint.save_interval and saved < self.step:
-                        self.start_save()
+                    reason = "data_end"
                     break
+                longest = max(longest, values["step_time"])
                 self.saver.check()
                 self.validate()
                 samples = self.make_samples()
@@ -99,6 +114,9 @@ class Trainer:
                 if writer:
                     writer.write(self.step, values | self.measured | self.saver.take_times())
                     writer.write_samples(self.step, samples)
+            if config.checkpoint.save_interval and saved < self.step:
+                self.start_save()
+                saved = self.step
             self.saver.wait()
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
             if self.validation:
@@ -106,6 +124,7 @@ class Trainer:
         finally:
             if writer:
                 writer.close()
+        return End(reason, saved == self.step)
 
     def train_step(self) -> dict[str, float | None]:
         """One update; the values that the log shows (losses are None except on the last stage). Raises EndOfData."""

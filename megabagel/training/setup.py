@@ -25,6 +25,7 @@ from megabagel.training.loop import Trainer
 from megabagel.training.optimizer import build_optimizer
 from megabagel.training.readers import Sources
 from megabagel.training.samples import Sampling
+from megabagel.training.stopping import Stop
 from megabagel.training.validation import Validation
 from megabagel.training.wrap import wrap_empty
 
@@ -39,8 +40,8 @@ def _fill(stages: list[Bagel], config: Config) -> None:
     source.close()
 
 
-def build_trainer(config: Config, layout: Layout) -> Trainer:
-    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0.
+def build_trainer(config: Config, layout: Layout, stop: Stop | None = None) -> Trainer:
+    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0. `stop` may end it early.
 
     Initial weights are read in the second case only, and only when parameters are where they will stay. Raises
     CheckpointError, DataError, AutoencoderError and ConfigError.
@@ -71,7 +72,7 @@ def build_trainer(config: Config, layout: Layout) -> Trainer:
         held_out_encoder = Encoder(held_out.held_out_config(config, layout.dp_size), layout, autoencoder, vision)
         validation = Validation(config, layout, stages, ema, held_out_reader, held_out_encoder, rows)
     sampling = Sampling(config, layout, stages, ema, autoencoder) if config.samples.interval > 0 else None
-    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, sampling, local)
+    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, sampling, local, stop)
     if resumes and not trainer.resume():
         raise CheckpointError(
             f"no checkpoint of {run_dir} in {local_dir} can be read; delete that folder to start over"
