@@ -26,6 +26,7 @@ from megabagel.models.attention.flex import FlexPlan, block_mask, padded_length
 from megabagel.models.attention.gather import RowGather
 from megabagel.models.attention.sdpa import BlockPlan
 from megabagel.models.attention.sdpa_loop import LoopPlan
+from megabagel.models.attention.sdpa_short import split_samples
 from megabagel.models.attention.varlen import VarlenPlan
 from megabagel.models.attention.varlen_kernels import VarlenCall
 from megabagel.packing.plan import CAUSAL, NOISE
@@ -389,3 +390,31 @@ def test_a_configuration_that_a_backend_cannot_compute(settings, sentence):
 def test_a_table_that_is_wrong_is_refused(row, sentence):
     with pytest.raises(ValueError, match=sentence):
         prepare_attention(torch.tensor([row]), 4, "auto", CPU)
+
+
+def test_short_samples_are_told_from_long_ones():
+    """Rows in attention order: a text with its noised picture behind all that is shared, a long text, a picture."""
+    text, picture = [0, 7, 0, 0, 1], [310, 18, 0, 7, 0]
+    long_text, alone = [7, 303, 7, 0, 1], [328, 18, 310, 0, 0]
+    short, others = split_samples(np.array([text, long_text, picture, alone]))
+    assert [problems.tolist() for problems in short] == [[text, picture], [alone]]
+    assert others.tolist() == [long_text]
+    # a prefix of rows that no problem of the sample asks about
+    assert split_samples(np.array([[20, 4, 3, 5, 0]]))[1].tolist() == [[20, 4, 3, 5, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_short_and_long_samples_side_by_side_give_what_each_problem_alone_gives(dtype):
+    problems = np.array(
+        [[0, 7, 0, 0, 1], [7, 300, 7, 0, 1], [307, 18, 0, 7, 0], [325, 30, 7, 300, 0], [355, 18, 355, 0, 0]]
+    )
+    torch.manual_seed(3)
+    q, k, v, grad = (torch.randn(373, heads, 16, dtype=dtype, requires_grad=True) for heads in (6, 2, 2, 6))
+    plan = BlockPlan(problems)
+    assert plan.short is not None and plan.blocks
+    results = [
+        (out := plan(q, k, v), *torch.autograd.grad(out, (q, k, v), grad)) for plan in (plan, LoopPlan(problems))
+    ]
+    tolerance = 1e-12 if dtype == torch.float64 else 0.05
+    for ours, alone in zip(*results, strict=True):
+        assert torch.allclose(ours, alone, atol=tolerance, rtol=tolerance)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megabagel.models.attention.sdpa_short import ShortSamples, split_samples
+
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -30,17 +32,22 @@ class Block(NamedTuple):
 
 
 class BlockPlan:
-    """Blocks of every problem of a table [P, 5] (see `packing.plan.Problem`), one call of the kernel for each.
+    """A table of problems [P, 5] (see `packing.plan.Problem`): short samples side by side (`sdpa_short.py`), and of all
+    others the blocks, one call of the kernel for each.
 
-    A call costs some 20 us beside its work: batches of equal shapes were no faster from 100 tokens a problem on.
+    A call costs some 20 us beside its work: for long samples that is nothing.
     """
 
     def __init__(self, problems: np.ndarray):
-        self.blocks = [block for problem in problems.tolist() for block in _blocks(*problem)]
+        short, others = split_samples(problems)
+        self.short = ShortSamples(short) if len(short) > 1 else None
+        if self.short is None:
+            others = problems
+        self.blocks = [block for problem in others.tolist() for block in _blocks(*problem)]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [L, heads, d], k and v [L, kv heads, d] -> [L, heads, d] in float64, float32 or bfloat16."""
-        return _BlockAttention.apply(q, k, v, self.blocks)
+        return _BlockAttention.apply(q, k, v, self.blocks, self.short)
 
 
 def _blocks(start: int, length: int, prefix_start: int, prefix_length: int, causal: int) -> list[Block]:
@@ -68,10 +75,12 @@ def _by_group(x: Tensor, kv_heads: int, group: int) -> Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """All blocks in one node of the graph, so that no gradient is padded to the whole sequence."""
+    """Everything in one node of the graph, so that no gradient is padded to the whole sequence."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], short: ShortSamples | None
+    ) -> Tensor:
         shape = k.shape[1], q.shape[1] // k.shape[1]
         out = q.new_empty(q.shape)
         logsumexp = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -85,13 +94,15 @@ class _BlockAttention(torch.autograd.Function):
                 part_sum = torch.logaddexp(part_sum, total)
             result.copy_(part)
             total.copy_(part_sum)
+        if short is not None:
+            short.forward(q, k, v, out, logsumexp)
         ctx.save_for_backward(q, k, v, out, logsumexp)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.short = blocks, short
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         shape = k.shape[1], q.shape[1] // k.shape[1]
         # keys collect from many queries: in bfloat16 the sum would lose them
@@ -109,4 +120,6 @@ class _BlockAttention(torch.autograd.Function):
                 lengths = [run.stop - run.start for run in columns]
                 for run, piece in zip(columns, part.split(lengths, dim=2), strict=True):
                     total[run].add_(piece.sum(1, dtype=total.dtype).transpose(0, 1))
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+        if ctx.short is not None:
+            ctx.short.backward((grad, q, k, v, out, logsumexp), (dq, dk, dv))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
