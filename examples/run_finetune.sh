@@ -39,8 +39,8 @@ fi
 
 overrides=("$@")
 if $is_demo; then
-    # The preset splits layers over two ranks; an odd number of GPUs cannot.
-    if ((gpus * nodes % 2)); then TP="${TP:-1}"; fi
+    # Two replicas keep two cores busy; one with layers split over both would wait for the other core all the time.
+    if ((gpus == 0)) && [[ -z "${TP:-}${PP:-}" ]]; then DP="${DP:-2}"; fi
     overrides=(--config demo "$@")
 fi
 [[ -z "${TP:-}" ]] || overrides+=(--parallel.tensor_model_parallel_size "$TP")

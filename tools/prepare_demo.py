@@ -19,11 +19,12 @@ from tools.build_qwen_tokenizer import build_tokenizer, padded_size, read_ranks,
 from tools.demo.captions import captions_of, write_t2i
 from tools.demo.edits import gender_edits, tone_edits, write_edits
 from tools.demo.emojis import choose_t2i, list_emojis
-from tools.demo.formats import data_config, write_data_yaml, write_json
+from tools.demo.formats import data_config, with_latents, write_data_yaml, write_json
+from tools.demo.latents import autoencoder_digest, store_latents
 from tools.demo.packages import ATTRIBUTION, PACKAGES, fetch_packages, package_folder
 from tools.demo.questions import write_vlm
 
-FORMAT = 2  # raise it when the same options give other files
+FORMAT = 3  # raise it when the same options give other files
 T2I_COUNT = 256
 QUESTIONS_PER_SAMPLE = 6
 MANIFEST = "manifest.json"
@@ -48,7 +49,7 @@ def write_tokenizer(texts: set[str], folder: Path) -> int:
 
 
 def options_hash(options: Options) -> str:
-    content = {"format": FORMAT, "packages": PACKAGES, "options": vars(options)}
+    content = {"format": FORMAT, "packages": PACKAGES, "autoencoder": autoencoder_digest(), "options": vars(options)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,8 +95,12 @@ def fill(folder: Path, options: Options) -> dict:
     size = write_tokenizer(texts, folder / "tokenizer")
     counts = {"t2i": len(train), "t2i_val": len(val), "edit": len(kept), "edit_val": len(held_out)}
     counts |= {name: len(samples) for name, samples in sets.items()}
-    write_data_yaml(data_config(counts, val=False), folder / "data.yaml", "Training data of the demo.")
-    write_data_yaml(data_config(counts, val=True), folder / "data_val.yaml", "Held-out data of the demo.")
+    for name, note in (("data", "Training data of the demo."), ("data_val", "Held-out data of the demo.")):
+        file, config = folder / f"{name}.yaml", data_config(counts, val=name == "data_val")
+        write_data_yaml(config, file, note)
+        latents = folder / name.replace("data", "latents")
+        store_latents(file, folder / "tokenizer", latents)
+        write_data_yaml(with_latents(config, latents.name), file, note)
     (folder / "ATTRIBUTION").write_text(ATTRIBUTION, encoding="utf-8")
     manifest = {"hash": options_hash(options), "options": vars(options), "samples": counts}
     manifest |= {"vocab_size": size, "padded_vocab_size": padded_size(size), "files": listing(folder)}

@@ -61,14 +61,14 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
     t2i, edit, vlm = (kind + split for kind in ("t2i", "edit", "vlm"))
     return {
         "t2i_pretrain": group(
-            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 5.0, image_transform_args=dict(vae)
+            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 4.0, image_transform_args=dict(vae)
         ),
         "unified_edit": group(
             "emoji_edits",
             {"data_dir": edit, "parquet_info_path": f"{edit}_info.json"},
             counts[edit],
             files("edit"),
-            1.0,
+            1.2,
             image_transform_args=dict(vae),
             vit_image_transform_args=dict(vit),
         ),
@@ -77,9 +77,18 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
             {"data_dir": "vlm/images", "jsonl_path": f"vlm/{vlm}.jsonl"},
             counts[vlm],
             1,
-            1.0,
+            0.7,
             image_transform_args=dict(vit),
         ),
+    }
+
+
+def with_latents(config: dict, folder: str) -> dict:
+    """The same with the stored latents of the groups that generate pictures, in `folder` beside the data file."""
+    generating = ("t2i_pretrain", "unified_edit")
+    return {
+        name: group | {"latents_dir": f"{folder}/{name}"} if name in generating else group
+        for name, group in config.items()
     }
 
 
