@@ -1,21 +1,35 @@
 #!/usr/bin/env bash
-# Trains. Without arguments: the demo (prepares its data, trains a small model from scratch, draws the loss curves).
+#SBATCH --job-name=megabagel
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+# Trains. Without arguments: the demo (prepares its data, trains a small model from scratch, shows what it learned).
 #
 #   bash examples/run_finetune.sh                                        the demo
 #   bash examples/run_finetune.sh --training.train_steps 100             the demo, with a setting changed
 #   bash examples/run_finetune.sh --config my.yaml --optimizer.lr 1e-5   your own run; no demo data is prepared
 #   TP=1 DP=2 bash examples/run_finetune.sh                              another layout: TP, PP, DP
-#   sbatch --nodes 2 --gpus-per-node 8 --wrap "bash examples/run_finetune.sh --config my.yaml"
+#   sbatch -N 64 --gpus-per-node 8 examples/run_finetune.sh --config my.yaml     64 nodes: see docs/cluster.md
 #
-# Processes: all GPUs of the machine (or of the SLURM job), else TP x CP x PP x DP processes on the CPU.
+# Processes: all GPUs of the machine (or of the SLURM job), else TP x CP x PP x DP processes on the CPU. Environment:
+# PREFLIGHT=0|1 check the nodes first (default: where there are several), MAX_RESTARTS of the processes within a job
+# (default 0), MIN_NODES go on with so many, MAX_REQUEUES of a failed job (default 3), CONTAINER_IMAGE and
+# CONTAINER_MOUNTS. Exit codes: 0 done, 1 failed, 75 stopped (the same command continues), 78 starting again is no use.
 set -euo pipefail
-# Under sbatch this file is a copy in a spool folder: the repository is where the job was submitted then.
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-[[ -e "$HERE/lib/environment.sh" ]] || HERE="${SLURM_SUBMIT_DIR:-$PWD}/examples"
+if [[ ! -e "$HERE/lib/environment.sh" && -n "${SLURM_JOB_ID:-}" ]]; then
+    # Under sbatch this file is a copy in a spool folder; SLURM knows the original.
+    HERE="$(scontrol --oneliner show job "$SLURM_JOB_ID" | grep -oP ' Command=\K.*?(?=/run_finetune\.sh)' || true)"
+    [[ -e "$HERE/lib/environment.sh" ]] || HERE="${SLURM_SUBMIT_DIR:-$PWD}/examples"
+fi
 [[ -e "$HERE/lib/environment.sh" ]] || { echo "error: start this from the repository's folder." >&2; exit 1; }
-source "$HERE/lib/environment.sh"
-prepare_environment
+for part in environment cluster attempt results; do source "$HERE/lib/$part.sh"; done
 cd "$REPOSITORY"
+find_cluster
+find_python
 
 is_demo=true
 for argument in "$@"; do
@@ -25,18 +39,7 @@ for argument in "$@"; do
     esac
 done
 
-# What is there: nodes of a SLURM job or this machine alone, and GPUs on each.
-nodes=1
-if [[ -n "${SLURM_JOB_ID:-}" ]] && command -v srun >/dev/null; then nodes="${SLURM_NNODES:-1}"; else unset SLURM_JOB_ID; fi
-gpus="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
-if [[ "$gpus" -eq 0 ]]; then
-    # Several processes share few cores; without this each of them starts a thread per core and all become slower.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-else
-    # One queue of kernels: communication then starts in the order in which tensor parallelism issued it.
-    export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-fi
-
+count_gpus
 overrides=("$@")
 if $is_demo; then
     # Two replicas keep two cores busy; one with layers split over both would wait for the other core all the time.
@@ -47,45 +50,23 @@ fi
 [[ -z "${PP:-}" ]] || overrides+=(--parallel.pipeline_model_parallel_size "$PP")
 
 # Sets processes (per node), global_batch, steps and run_dir, or ends with what is wrong in the configuration.
-plan() { "$PYTHON" examples/lib/launch_plan.py "$1" "$gpus" "$nodes" "${DP:-0}" "$is_demo" "${overrides[@]}"; }
+plan() { once "$PYTHON" examples/lib/launch_plan.py "$1" "$gpus" "$nodes" "${DP:-0}" "$is_demo" "${overrides[@]}"; }
 if $is_demo; then
     settings="$(plan parse)"
     say "Preparing the demo's data in data/demo (once)"
-    "$PYTHON" tools/prepare_demo.py --out data/demo
+    once "$PYTHON" tools/prepare_demo.py --out data/demo
 fi
 settings="$(plan check)"
 eval "$settings"
 if $is_demo; then overrides+=(--training.global_batch_size "$global_batch"); fi
+choose_threads "$gpus" "$processes"
 
-say "Training on $nodes x $processes processes; the run is written to $run_dir"
-launch=("$PYTHON" -m torch.distributed.run --nproc_per_node "$processes")
-if [[ -n "${SLURM_JOB_ID:-}" ]]; then
-    head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-    address="$(scontrol show node "$head" | grep -oP 'NodeAddr=\K\S+')"
-    launch+=(--nnodes "$nodes" --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d
-        --rdzv_endpoint "$address:$((29500 + SLURM_JOB_ID % 1000))")
-    launch=(srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1
-        --cpus-per-task "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" "${launch[@]}")
-else
-    launch+=(--standalone)
-fi
-"${launch[@]}" -m megabagel.train "${overrides[@]}"
+logs=""
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then logs="$run_dir/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"; fi
 
-say "Done"
-curves="$("$PYTHON" tools/plot_losses.py "$run_dir")"
-latest="$run_dir/latest_checkpointed_iteration.txt"
-if [[ -e "$latest" ]]; then checkpoint="$(printf '%s/iter_%07d' "$run_dir" "$((10#$(<"$latest")))")"; else checkpoint="none was written (checkpoint.save_interval is 0)"; fi
-echo "loss curves   $curves"
-echo "checkpoint    $checkpoint"
-echo "metrics       $run_dir/metrics.jsonl"
-echo "TensorBoard   $run_dir/tensorboard"
-echo "configuration $run_dir/config.yaml"
-echo
-echo "What you may want next:"
-echo "  $PYTHON -m tensorboard.main --logdir $run_dir/tensorboard"
-echo "  bash examples/run_finetune.sh --config $run_dir/config.yaml --training.train_steps $((steps * 2))   # train on from the newest checkpoint"
-if $is_demo; then
-    echo "  bash examples/run_finetune.sh --config my.yaml   # your own data and model: see README.md"
-else
-    echo "  $PYTHON tools/plot_losses.py $run_dir   # draw the curves again"
-fi
+if ((${PREFLIGHT:-nodes > 1})); then preflight || finish_attempt "$?"; fi
+say "Training on $nodes x $processes processes; the run is written to $run_dir${logs:+, what each rank prints to $logs}"
+on_all_nodes "$logs" 0 --nproc_per_node "$processes" --max-restarts "${MAX_RESTARTS:-0}" -m megabagel.train "${overrides[@]}"
+run_step "${step[@]}" || true
+finish_attempt ""
+show_results

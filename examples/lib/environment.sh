@@ -3,6 +3,7 @@
 # An active virtual or conda environment is used as it is; otherwise .venv is made beside this repository. A torch that
 # the environment already has (an NVIDIA container's, a cluster module's) is kept: pip is not allowed to touch it.
 #
+# MEGABAGEL_PYTHON: an interpreter that has all that is needed; it is used as it is and nothing is installed.
 # TORCH_INDEX_URL: where torch is taken from when none is there, for example PyTorch's index of CPU wheels.
 
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -18,6 +19,11 @@ has_torch() { "$1" -c 'import torch' 2>/dev/null; }
 
 prepare_environment() {
     local extra="${1:-}" prefix stamp
+    if [[ -n "${MEGABAGEL_PYTHON:-}" ]]; then
+        PYTHON="$MEGABAGEL_PYTHON"
+        is_recent_python "$PYTHON" || fail "MEGABAGEL_PYTHON is $PYTHON, which is no Python of version 3.10 or newer: give another one or leave the variable out."
+        return
+    fi
     choose_python
     prefix="$("$PYTHON" -c 'import sys; print(sys.prefix)')"
     # Installed again only when setup.py, csrc/, MEGABAGEL_CUDA_ARCHS, the place of this repository or the extra changes.

@@ -13,6 +13,8 @@ from megabagel.config.checks import check_config
 from megabagel.config.errors import ConfigError
 from megabagel.config.load import load_config
 
+GIVE_UP = 78  # of megabagel.runtime.exit_codes, whose package takes seconds to import
+
 
 def main() -> None:
     action, gpus, nodes, replicas, is_demo = sys.argv[1:6]
@@ -42,4 +44,5 @@ if __name__ == "__main__":
     try:
         main()
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(GIVE_UP)
