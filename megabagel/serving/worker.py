@@ -47,7 +47,7 @@ class Done:
     image: Image.Image | None
 
 
-class _Reporter(Listener):
+class Reporter(Listener):
     """Rank 0's: tells the clients."""
 
     def __init__(self, team: Team, jobs: Sequence[Job], tokenizer):
@@ -117,7 +117,7 @@ class Worker(threading.Thread):
 
     def _do(self, jobs: list[Job]) -> None:
         began, self.running = time.monotonic(), len(jobs)
-        reporter = _Reporter(self.team, jobs, self.bagel.tokenizer)
+        reporter = Reporter(self.team, jobs, self.bagel.tokenizer)
         try:
             made = run(self.bagel, reporter)
             for n, (job, one) in enumerate(zip(jobs, made, strict=True)):
