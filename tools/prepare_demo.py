@@ -26,7 +26,7 @@ from tools.demo.questions import write_vlm
 
 FORMAT = 3  # raise it when the same options give other files
 T2I_COUNT = 256
-QUESTIONS_PER_SAMPLE = 6
+QUESTIONS_PER_SAMPLE = 3
 MANIFEST = "manifest.json"
 EXAMPLE = """example (under two minutes on two cores, 30 s of it downloads; a second run returns at once):
   python tools/prepare_demo.py --out data/demo

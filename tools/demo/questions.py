@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from tools.demo.packages import package_folder
 
+YES_NO = ("yes", "no")
+
 
 def vqa_pictures(split: str) -> Iterator[tuple[int, np.ndarray]]:
     """(image id, uint8 [64, 64, 3]) of easy-vqa, by id."""
@@ -43,8 +45,10 @@ def conversation(image: str, pairs: list[tuple[str, str]]) -> dict:
 
 
 def deal(pairs: list[tuple[str, str]], size: int, key: str) -> list[list[tuple[str, str]]]:
-    """The pairs shuffled by hash and dealt into even lists of about `size`: later turns must not always be yes/no."""
+    """The pairs shuffled by hash and dealt into even lists of about `size`, those that are not about yes or no first:
+    behind yes and no to other questions their answers could be worked out without looking at the picture."""
     order = sorted(pairs, key=lambda pair: hashlib.sha256(f"{key} {pair[0]}".encode()).hexdigest())
+    order.sort(key=lambda pair: pair[1] in YES_NO)
     parts = max(1, round(len(order) / size))
     return [order[index::parts] for index in range(parts)]
 

@@ -1,0 +1,99 @@
+"""What the demo's model has learned: three scores with their baselines, and a contact sheet, in RUN_DIR/results.
+
+Emojis from their names (training prompts: this measures memory), edits of held-out emojis, and easy-vqa's test
+questions. For the demo's own data only; scores of other models are megabagel.evaluate's.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megabagel.checkpoint.errors import CheckpointError
+from megabagel.checkpoint.torch_dist import checkpoint_folder
+from megabagel.config.errors import ConfigError
+from megabagel.data.faults import DataError
+from megabagel.inference import Generator, load
+from megabagel.models.autoencoder import AutoencoderError
+from megabagel.runtime import distributed
+from tools.demo import report
+from tools.demo.answers import accuracies, ask, from_the_question_alone, read_questions
+from tools.demo.pictures import EDIT_FLOW, OTHERS, T2I_FLOW, Made, edits, text_to_image
+
+EXAMPLE = """example (about a minute):
+  python tools/demo_results.py runs/demo
+"""
+
+
+def measure(bagel: Generator, data: Path, step: int, weights: str, every: int, sheet: Path) -> dict:
+    """The scores, as they go to results.json; draws the contact sheet. `every`: one of so many test questions."""
+    start = time.perf_counter()
+    prompts = text_to_image(bagel, data)
+    drawn = time.perf_counter()
+    edited = edits(bagel, data)
+    changed = time.perf_counter()
+    vlm = data / "vlm"
+    questions = read_questions(vlm / "vlm_single_val.jsonl")[::every]
+    answers = ask(bagel, questions, vlm / "images")
+    asked = time.perf_counter()
+    alone = from_the_question_alone(read_questions(vlm / "vlm.jsonl"), questions)
+    report.draw_sheet(prompts, edited, questions, answers, vlm / "images", sheet)
+    return {
+        "step": step,
+        "weights": weights,
+        "t2i": {
+            **_scored(prompts, drawn - start),
+            "how": f"training prompts, so this is memorisation: nearest of all training pictures in latent space, "
+            f"{T2I_FLOW.num_timesteps - 1} flow steps, CFG {T2I_FLOW.guidance.text_scale:g}",
+        },
+        "edit": {
+            **_scored(edited, changed - drawn),
+            "how": f"held-out emojis: nearest of target, source, its other variants and {OTHERS} others, "
+            f"{EDIT_FLOW.num_timesteps - 1} flow steps, CFG {EDIT_FLOW.guidance.text_scale:g}",
+        },
+        "vqa": {
+            "count": len(questions),
+            "accuracy": accuracies(questions, answers),
+            "question_only": accuracies(questions, alone),
+            "seconds": asked - changed,
+            "how": f"easy-vqa's test split, one of {every} questions, each asked alone, greedy decoding; baseline: the "
+            "usual answer to the question in training, without the picture",
+        },
+    }
+
+
+def _scored(made: Made, seconds: float) -> dict:
+    return {"count": len(made.right), "accuracy": made.score, "chance": made.chance, "seconds": seconds}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path, help="run folder of the demo, or one of its iter_... folders")
+    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="what tools/prepare_demo.py wrote")
+    parser.add_argument("--out", type=Path, help="default: RUN_DIR/results")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="moving average or live weights")
+    parser.add_argument("--every", type=int, default=2, help="ask one of so many test questions (default: 2); 1: all")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.run_dir / "results"
+    torch.set_num_threads(1)  # thousands of small operations: a second thread would mostly wait
+    try:
+        bagel = load(arguments.run_dir, load_ema=arguments.weights == "ema")
+        step = int(checkpoint_folder(arguments.run_dir).name.removeprefix("iter_"))
+    except (ConfigError, DataError, CheckpointError, AutoencoderError) as error:
+        print(f"demo_results: {error}", file=sys.stderr)
+        return 1
+    results = measure(bagel, arguments.data, step, arguments.weights, arguments.every, out / "contact_sheet.png")
+    report.write(results, out)
+    print(report.summary(results, out))
+    distributed.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
