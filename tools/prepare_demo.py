@@ -24,7 +24,7 @@ from tools.demo.latents import autoencoder_digest, store_latents
 from tools.demo.packages import ATTRIBUTION, PACKAGES, fetch_packages, package_folder
 from tools.demo.questions import write_vlm
 
-FORMAT = 3  # raise it when the same options give other files
+FORMAT = 4  # raise it when the same options give other files
 T2I_COUNT = 256
 QUESTIONS_PER_SAMPLE = 3
 MANIFEST = "manifest.json"

@@ -12,6 +12,10 @@ show_results() {
     echo "metrics       $run_dir/metrics.jsonl"
     echo "TensorBoard   $run_dir/tensorboard"
     echo "configuration $run_dir/config.yaml"
+    if $is_demo && [[ -e "$latest" ]]; then
+        say "Looking at what it learned (about a minute)"
+        once "$PYTHON" tools/demo_results.py "$run_dir"
+    fi
     echo
     echo "What you may want next:"
     echo "  $PYTHON -m tensorboard.main --logdir $run_dir/tensorboard"
