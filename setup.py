@@ -61,6 +61,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         "wandb": ["wandb"],
+        "prometheus": ["prometheus_client>=0.19"],
         "eval": ["nltk", "scipy"],
         "serve": ["fastapi", "python-multipart", "uvicorn"],
         "video": ["av"],
@@ -68,6 +69,7 @@ setup(
             "av",
             "fastapi",
             "hypothesis",
+            "prometheus_client>=0.19",
             "openai",
             "pytest",
             "pytest-timeout",

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from megabagel.training.metrics import read_metrics
+from megabagel.training.metrics_file import read_metrics
 
 PANELS = (
     ("ce", "cross entropy of text (nats per token)"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from megabagel.config.checks_attention import attention_faults
 from megabagel.config.checks_experts import expert_faults
 from megabagel.config.checks_files import file_faults
+from megabagel.config.checks_logging import logging_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
 from megabagel.config.checks_precision import precision_faults
 from megabagel.config.checks_samples import samples_faults
@@ -31,6 +32,7 @@ def check_config(config: Config, world_size: int) -> None:
     _refuse(world_faults(config, world_size))
     _refuse(file_faults(config))
     _refuse(samples_faults(config))
+    _refuse(logging_faults(config))
 
 
 def check_layout(config: Config, world_size: int) -> None:

@@ -236,6 +236,9 @@ class LoggingConfig:
     tensorboard: bool = True  # event files in RUN_DIR/tensorboard
     progress_bar: bool = True  # on a terminal; plain lines elsewhere
     peak_tflops: float | None = None  # of one device at the training precision; null: from a table, else no MFU
+    histogram_interval: int = 0  # steps between two histograms of gradients and parameters; 0: none
+    wandb_project: str | None = None  # Weights & Biases, with TensorBoard's names; needs the extra wandb; null: off
+    prometheus_port: int | None = None  # serves the newest values; needs the extra prometheus; 0: a free one; null: off
 
 
 @dataclass

@@ -23,6 +23,7 @@ from megabagel.data.faults import log_values
 from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
 from megabagel.runtime.distributed import Layout
+from megabagel.training import histograms
 from megabagel.training.best import Best
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
@@ -103,7 +104,7 @@ class Trainer:
                 longest = max(longest, values["step_time"])
                 self.saver.check()
                 self.validate()
-                samples = self.make_samples()
+                samples, sizes = self.make_samples(), self.measure_sizes()
                 if self._save_is_due():
                     self.start_save()
                     saved = self.step
@@ -114,6 +115,7 @@ class Trainer:
                 if writer:
                     writer.write(self.step, values | self.measured | self.saver.take_times())
                     writer.write_samples(self.step, samples)
+                    writer.write_histograms(self.step, sizes)
             if config.checkpoint.save_interval and saved < self.step:
                 self.start_save()
                 saved = self.step
@@ -189,6 +191,13 @@ class Trainer:
         """Let the model answer the requests of `config.samples` if it is time to; every rank must call it."""
         interval, is_last = self.config.samples.interval, self.step == self.config.training.train_steps
         return self.sampling.make(self.step) if self.sampling and (self.step % interval == 0 or is_last) else []
+
+    def measure_sizes(self) -> dict[str, histograms.Histogram]:
+        """Histograms of gradients and parameters if it is time to; every rank must call it."""
+        interval = self.config.logging.histogram_interval
+        if not interval or self.step % interval:
+            return {}
+        return histograms.measure(self.optimizer, self.config.model.layer_variant)
 
     def _save_is_due(self) -> bool:
         interval = self.config.checkpoint.save_interval

@@ -71,3 +71,15 @@ def test_only_steps_that_are_shown_are_looked_at_closely(pool, reference):
     for key in ("params_norm", "ema_distance", "grad_norm/und", "groups/even/ce", "host_memory_bytes", "log_time"):
         assert first[key] is None and second[key] is not None
     assert second["groups/even/ce"] == reference("mot")[1]["groups/even/ce"]
+
+
+def test_histograms_count_every_value_once(pool):
+    (alone,) = pool.run(monitor.histograms, {}, processes=1, limit=LIMIT)
+    layout = TABLE["TP2+SP x PP2 x DP2"]
+    for found in pool.run(monitor.histograms, layout.options, processes=layout.processes, limit=LIMIT):
+        assert found.keys() == alone.keys() and len(found) == 10
+        for name, counts in found.items():
+            assert sum(counts) == sum(alone[name]), name
+            # values on the border of two bins may cross it by rounding
+            moved = sum(abs(a - b) for a, b in zip(counts, alone[name], strict=True))
+            assert moved <= 0.01 * sum(counts) + 2, name

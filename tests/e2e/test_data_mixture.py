@@ -12,7 +12,7 @@ from PIL import Image
 
 from megabagel.config.datasets import FORMATS, UND_ONLY
 from megabagel.data.faults import FAULTS_FILE
-from megabagel.training.metrics import read_metrics
+from megabagel.training.metrics_file import read_metrics
 from tests.distributed.launch import ROOT, launch_ok
 from tests.tiny_data import training_options
 

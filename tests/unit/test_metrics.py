@@ -14,7 +14,8 @@ from megabagel.config.schema import Config
 from megabagel.models.costs import autoencoder_flops
 from megabagel.training.console import Console
 from megabagel.training.flops import COMPONENTS, component_flops, official_flops, pack_flops, peak_tflops
-from megabagel.training.metrics import MetricsWriter, read_metrics
+from megabagel.training.metrics import MetricsWriter
+from megabagel.training.metrics_file import read_metrics
 from tests.tiny_data import GOLDEN
 from tests.unit.test_packing import golden_plan
 

@@ -30,3 +30,10 @@ def train(options: dict[str, Any]) -> list[dict[str, float | None]] | None:
         trainer = make_trainer({**options, "optimizer.ema_decay": 0.5}, STEPS)
     values = [trainer.train_step() for _ in STEPS]
     return values if trainer.layout.is_last_stage_writer else None
+
+
+def histograms(options: dict[str, Any]) -> dict[str, list[float]]:
+    """Of gradients and parameters after a step."""
+    trainer = make_trainer({**options, "logging.histogram_interval": 1}, STEPS)
+    trainer.train_step()
+    return trainer.measure_sizes()

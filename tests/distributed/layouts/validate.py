@@ -21,7 +21,7 @@ from megabagel.data.steps import EndOfData
 from megabagel.packing.geometry import geometry_of
 from megabagel.runtime.distributed import initialize
 from megabagel.training import setup
-from megabagel.training.metrics import read_metrics
+from megabagel.training.metrics_file import read_metrics
 from megabagel.training.readers import Sources
 from tests.distributed.layouts.packs import SPECIAL, PackReader
 from tests.distributed.layouts.run import StepValues, make_trainer
