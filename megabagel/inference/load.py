@@ -1,4 +1,4 @@
-"""From a BAGEL folder or a checkpoint of ours to a model in use; all processes of the launch split it by tensors."""
+"""From a BAGEL folder or a checkpoint of ours to a model in use, split by tensors over processes of the launch."""
 
 import dataclasses
 from pathlib import Path
@@ -38,14 +38,16 @@ def load(
     dtype: str | None = None,
     tokenizer: str | None = None,
     autoencoder: str | None = None,
+    tensor_parallel: int | None = None,
 ) -> Generator:
     """The model in `folder`: a BAGEL folder, a run folder (its newest checkpoint) or an iter_... folder.
 
     `load_ema`: the moving average where there is one. `dtype`: bf16 or fp32; by default bf16 on a GPU, fp32 on a CPU,
     where bf16 is slower. `tokenizer`, `autoencoder`: folders, by default those that the model was trained with.
+    `tensor_parallel`: processes that share a copy of the model, by default all of the launch.
     Raises ConfigError, CheckpointError, DataError or AutoencoderError in one sentence.
     """
-    config = inference_config(Path(folder), load_ema, dtype, tokenizer, autoencoder)
+    config = inference_config(Path(folder), load_ema, dtype, tokenizer, autoencoder, tensor_parallel)
     if not parallel_state.model_parallel_is_initialized():
         initialize(config.parallel, config.training.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -66,9 +68,14 @@ def load(
 
 
 def inference_config(
-    folder: Path, load_ema: bool, dtype: str | None, tokenizer: str | None, autoencoder: str | None
+    folder: Path,
+    load_ema: bool,
+    dtype: str | None,
+    tokenizer: str | None,
+    autoencoder: str | None,
+    tensor_parallel: int | None = None,
 ) -> Config:
-    """The configuration that builds the model in `folder`, split over all processes; see `load`."""
+    """The configuration that builds the model in `folder`; see `load`."""
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; give a BAGEL folder, a run folder or an iter_... folder.")
     if is_checkpoint(folder):
@@ -82,7 +89,7 @@ def inference_config(
         model = read_model_config(str(folder), ModelConfig())
     config = Config(
         model=dataclasses.replace(model, freeze_llm=False, freeze_vit=False, freeze_und=False),
-        parallel=ParallelConfig(tensor_model_parallel_size=world_size()),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel or world_size()),
         data=DataConfig(tokenizer=tokenizer),
         training=TrainingConfig(params_dtype=dtype or ("bf16" if torch.cuda.is_available() else "fp32")),
         # Transformer Engine's linears want rows, also for a stream that is empty
