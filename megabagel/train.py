@@ -8,9 +8,10 @@ from megabagel.config.load import load_config, to_yaml
 from megabagel.config.schema import Config
 from megabagel.data.faults import DataError
 from megabagel.models.autoencoder import AutoencoderError
-from megabagel.runtime import distributed, failure, stop_signals
+from megabagel.runtime import distributed, failure, stop_signals, watchdog
 from megabagel.runtime.distributed import Layout
 from megabagel.runtime.give_up import GiveUp
+from megabagel.runtime.progress import Progress
 from megabagel.runtime.stop_signals import StopSignals
 
 _EXPECTED = (ConfigError, DataError, CheckpointError, AutoencoderError, GiveUp)
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(argv)
         check_config(config, distributed.world_size())
         guarded.run_dir = config.checkpoint.run_dir
-        layout = distributed.initialize(config.parallel, config.training.seed)
+        timeout = watchdog.group_timeout(config.faults.hang_seconds)
+        layout = distributed.initialize(config.parallel, config.training.seed, timeout)
         if layout.rank == 0:
             print(to_yaml(config), flush=True)
         _train(config, layout, signals)
@@ -36,11 +38,12 @@ def _train(config: Config, layout: Layout, signals: StopSignals) -> None:
     from megabagel.training.setup import build_trainer
     from megabagel.training.stopping import Stop
 
-    run_dir, faults = config.checkpoint.run_dir, config.faults
-    with own(run_dir, layout.rank):
+    run_dir, faults, progress = config.checkpoint.run_dir, config.faults, Progress()
+    with watchdog.watching(run_dir, faults.hang_seconds, progress), own(run_dir, layout.rank):
         if layout.rank == 0:
             attempts.launch(run_dir, faults.max_restarts_without_progress)
         trainer = build_trainer(config, layout, Stop(faults, signals, layout.device))
+        trainer.progress = progress
         if layout.rank == 0:
             sizes = {name: size for name, size in dataclasses.asdict(config.parallel).items() if "_size" in name}
             attempts.started(run_dir, trainer.step, world_size=layout.world_size, dp_size=layout.dp_size, layout=sizes)

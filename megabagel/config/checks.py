@@ -72,7 +72,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "optimizer": (config.optimizer, "lr adam_eps"),
         "training": (training, "train_steps global_batch_size recompute_num_layers"),
         "checkpoint": (config.checkpoint, "keep_last keep_every keep_best local_save_interval"),
-        "faults": (config.faults, "nonfinite_patience spike_window spike_threshold time_limit_margin"),
+        "faults": (config.faults, "nonfinite_patience spike_window spike_threshold hang_seconds time_limit_margin"),
         "logging": (config.logging, "log_interval"),
     }  # fmt: skip
     for group, (values, names) in positive.items():

@@ -224,6 +224,9 @@ class FaultsConfig:
     spike_window: int = 128  # last steps that a loss is compared with; none is judged before there are so many
     spike_threshold: float = 10.0  # above their median, in standard deviations (robust: 1.4826 MAD)
     max_rollbacks: int = 3  # of a run; it stops for good at the next spike
+    hang_seconds: float | None = (
+        900.0  # without progress, then all ranks say where they are and leave; first step, saves, validation: 4 times
+    )
     max_restarts_without_progress: int | None = 3  # more starts in a row without a new checkpoint: it gives up
     time_limit_margin: float | None = 300.0  # seconds before the end of a SLURM job at which it saves and stops
 

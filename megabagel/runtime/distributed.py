@@ -5,6 +5,7 @@ The layout is returned and passed on; megatron-core's own parallel_state is the 
 
 import dataclasses
 import inspect
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -71,18 +72,19 @@ class Layout:
         return self.replica_ranks[-(len(self.replica_ranks) // self.pp_size) :]
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> Layout:
+def initialize(parallel: ParallelConfig, seed: int, timeout: timedelta = _TIMEOUT) -> Layout:
     """Join the process group of torchrun's environment (or start one of a single process) and lay the model out.
 
     Fields of `parallel` that megatron-core's `initialize_model_parallel` knows by the same name are passed to it. All
     generators start from `seed`: torch, NumPy and Python alike on every rank, megatron-core's per tensor-parallel rank.
+    `timeout`: how long a rank waits for others in a collective.
     Raises ValueError when the ranks are not a multiple of what one model replica needs.
     """
     cpu_megatron.install()
     device = _device()
     if device.type == "cpu":
         keep_freed_blocks()
-    _start_process_group(device)
+    _start_process_group(device, timeout)
     world_size = dist.get_world_size()
     sizes = _megatron_arguments(parallel)
     replica = (
@@ -95,9 +97,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> Layout:
             f"(the product of the model-parallel sizes in `parallel`); start a multiple of {replica} processes"
         )
     # an expert is never split: more expert-parallel ranks serve the same end
-    parallel_state.initialize_model_parallel(**sizes, expert_tensor_parallel_size=1)
+    minutes = math.ceil(timeout.total_seconds() / 60)
+    parallel_state.initialize_model_parallel(
+        **sizes, expert_tensor_parallel_size=1, distributed_timeout_minutes=minutes
+    )
     _seed(seed)
-    ranks, group, device_group, sources_group = _replica(parallel.context_parallel_size, device)
+    ranks, group, device_group, sources_group = _replica(parallel.context_parallel_size, device, timeout)
     return Layout(
         rank=dist.get_rank(),
         world_size=world_size,
@@ -142,18 +147,18 @@ def _device() -> torch.device:
     return device
 
 
-def _start_process_group(device: torch.device) -> None:
+def _start_process_group(device: torch.device, timeout: timedelta) -> None:
     if dist.is_initialized():  # the caller lays several models out one after the other
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = failure.shared_store("groups")
     if store is not None:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _megatron_arguments(parallel: ParallelConfig) -> dict:
@@ -170,7 +175,7 @@ def _seed(seed: int) -> None:
 
 
 def _replica(
-    context_parallel_size: int, device: torch.device
+    context_parallel_size: int, device: torch.device, timeout: timedelta
 ) -> tuple[tuple[int, ...], dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup | None]:
     """Ranks of this rank's replica, a gloo group of them, one for the device's tensors, and a gloo group of the first
     ranks of all replicas.
@@ -187,12 +192,12 @@ def _replica(
     )
     mine, replicas = None, generator.get_ranks("tp-cp-pp")  # in the order of data parallelism
     for ranks in replicas:
-        group = dist.new_group(ranks, backend="gloo", timeout=_TIMEOUT)
-        device_group = group if device.type == "cpu" else dist.new_group(ranks, timeout=_TIMEOUT)
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+        device_group = group if device.type == "cpu" else dist.new_group(ranks, timeout=timeout)
         if dist.get_rank() in ranks:
             mine = tuple(ranks), group, device_group
     sources = [ranks[0] for ranks in replicas]
-    sources_group = dist.new_group(sources, backend="gloo", timeout=_TIMEOUT)
+    sources_group = dist.new_group(sources, backend="gloo", timeout=timeout)
     return *mine, sources_group if dist.get_rank() in sources else None
 
 

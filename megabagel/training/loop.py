@@ -23,6 +23,7 @@ from megabagel.data.faults import log_values
 from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
 from megabagel.runtime.distributed import Layout
+from megabagel.runtime.progress import Progress
 from megabagel.training import histograms
 from megabagel.training.best import Best
 from megabagel.training.ema import ShardedEma
@@ -64,6 +65,7 @@ class Trainer:
     sampling: Sampling | None = None
     local: LocalStore | None = None  # of this rank's fast checkpoints
     stop: Stop | None = None  # who may ask for an early end; None: nobody
+    progress: Progress = field(default_factory=Progress)
     step: int = 0
     samples: int = 0
     measured: dict[str, float | None] = field(default_factory=dict)  # by the validation after the last step, if any
@@ -111,6 +113,7 @@ class Trainer:
                 elif self._local_save_is_due():
                     self.start_local_save()
                 if self.step == config.training.train_steps:
+                    self.progress.mark(self.step, "saving")
                     self.saver.wait()
                 if writer:
                     writer.write(self.step, values | self.measured | self.saver.take_times())
@@ -119,6 +122,7 @@ class Trainer:
             if config.checkpoint.save_interval and saved < self.step:
                 self.start_save()
                 saved = self.step
+            self.progress.mark(self.step, "saving")
             self.saver.wait()
             self.reader.close()  # not after a failure: waiting for workers would delay its announcement
             if self.validation:
@@ -131,13 +135,16 @@ class Trainer:
     def train_step(self) -> dict[str, float | None]:
         """One update; the values that the log shows (losses are None except on the last stage). Raises EndOfData."""
         config, start = self.config, time.perf_counter()
+        self.progress.mark(self.step, "reading data")
         packs = self.reader.next_step()
         read = time.perf_counter()
         plans, contents = [pack.plan for pack in packs], content_of(packs, config.model)
         blanks = sum(pack.groups.count(BLANK) for pack in packs)
         counts = count(plans, config.training, self.layout.device, blanks, contents)
+        self.progress.mark(self.step, "encoding pictures")
         inputs = self.encoder(packs)
         encoded = time.perf_counter()
+        self.progress.mark(self.step, "in forward and backward")
         for stage in self.stages:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -151,6 +158,7 @@ class Trainer:
         expert_losses = take_expert_losses(self.stages, config.model, packs_of_step, self.layout.device)
         lr = lr_at(self.step, config.optimizer, config.training.train_steps)
         set_learning_rate(self.optimizer, lr)
+        self.progress.mark(self.step, "updating weights")
         grad_norm = update(self.optimizer, losses.are_finite)
         if not math.isfinite(grad_norm):
             self.nonfinite.failed(self.step + 1, self.stages, packs, losses.of_packs, to_yaml(config))
@@ -184,6 +192,7 @@ class Trainer:
         """Measure the held-out losses if it is time to; every rank must call it."""
         self.measured, interval = {}, self.config.validation.interval
         if self.validation and (self.step % interval == 0 or self.step == self.config.training.train_steps):
+            self.progress.mark(self.step, "validating")
             self.measured = self.validation.measure()
             self.best.update(self.step, self.measured)
 
@@ -213,11 +222,13 @@ class Trainer:
 
     def start_save(self) -> None:
         """As `save`, but with `checkpoint.async_save` only the copying is waited for, see `Saver`."""
+        self.progress.mark(self.step, "saving")
         metrics = {name: value for name, value in self.measured.items() if value is not None}
         checkpoint.save(self.config.checkpoint.run_dir, **self._state(), metrics=metrics)
 
     def start_local_save(self) -> None:
         """As `start_save`, but each rank writes what it holds itself to a disk of its own."""
+        self.progress.mark(self.step, "saving")
         checkpoint.save_locally(self.local, **self._state())
 
     def _state(self) -> dict:

@@ -1,0 +1,26 @@
+"""Where this rank is in its run: which step, and what it does in it. The training loop marks it, others look."""
+
+import time
+from typing import NamedTuple
+
+START = "starting"
+
+
+class Mark(NamedTuple):
+    """Ranks that are equally far have equal `number`. `since`: of the monotonic clock."""
+
+    number: int
+    step: int
+    phase: str
+    since: float
+
+
+class Progress:
+    """`now` may be read from any thread."""
+
+    def __init__(self) -> None:
+        self.now = Mark(0, 0, START, time.monotonic())
+
+    def mark(self, step: int, phase: str) -> None:
+        """`phase` begins; `step` is the number of the last update that is done."""
+        self.now = Mark(self.now.number + 1, step, phase, time.monotonic())
