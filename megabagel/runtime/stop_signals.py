@@ -78,5 +78,6 @@ def _has_lost_a_sibling() -> bool:
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(os.getppid()).children():
             with contextlib.suppress(psutil.Error):
-                alive += child.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+                is_worker = not any("multiprocessing.resource_tracker" in part for part in child.cmdline())
+                alive += is_worker and child.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return alive < int(os.environ["LOCAL_WORLD_SIZE"])
