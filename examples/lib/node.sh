@@ -20,6 +20,11 @@ default NCCL_IB_TIMEOUT 22 # about 17 s for a packet: a link that flaps does not
 default TORCH_NCCL_ASYNC_ERROR_HANDLING 1 # a collective that timed out ends its process instead of waiting for ever
 default TORCH_NCCL_TRACE_BUFFER_SIZE 2000 # the last collectives of every rank, written when one times out
 default TORCH_NCCL_DUMP_ON_TIMEOUT 1
+if [[ "${MAX_RESTARTS:-0}" != 0 || -n "${MIN_NODES:-}" ]]; then
+    # A store per start, on rank 0: the one that torchrun lends remembers addresses of the start before, and goes with
+    # the first node.
+    default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1
+fi
 limit -n "$(ulimit -Hn)" # the first node holds connections of all ranks
 limit -l unlimited # memory that network cards read directly
 limit -c 0 # thousands of core files would fill the disk
