@@ -43,6 +43,7 @@ def watching(run_dir: str | Path, seconds: float | None, progress: Progress) -> 
         yield
         return
     watchdog = Watchdog(Path(run_dir), seconds, progress, failure.shared_store("hang"))
+    watchdog.tell()
     thread = threading.Thread(target=watchdog.run, name="hang-watch", daemon=True)
     thread.start()
     try:
@@ -75,7 +76,7 @@ class Watchdog:
             # in case that this thread cannot run either, as when native code keeps Python's lock
             faulthandler.dump_traceback_later(PATIENCE * self._seconds + _MARGIN_SECONDS, exit=True)
             try:
-                self._tell(mark)
+                self.tell()
                 is_hung = now - max(mark.since, self._excused) > limit
                 if not self.done.is_set() and (is_hung or (self._store and self._store.check(["claimed"]))):
                     self._end(mark, limit)
@@ -89,9 +90,11 @@ class Watchdog:
             self._first_step = mark.step
         return self._seconds * (PATIENCE if mark.step == self._first_step else 1)
 
-    def _tell(self, mark: Mark) -> None:
+    def tell(self) -> None:
+        """Let the others know who and where this rank is."""
         if self._store:
-            beat = {"host": socket.gethostname(), "pid": os.getpid(), "launcher": os.getppid(), **mark._asdict()}
+            me = {"host": socket.gethostname(), "pid": os.getpid(), "launcher": os.getppid()}
+            beat = me | self._progress.now._asdict()
             self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
     def _end(self, mark: Mark, limit: float) -> None:

@@ -302,6 +302,15 @@ def test_a_requeued_job_takes_its_own_lock_at_once(tmp_path, monkeypatch):
         assert lock._read(tmp_path / lock.LOCK)[0].restart == 1
 
 
+def test_workers_that_torchrun_started_again_on_another_machine_take_their_own_lock_at_once(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "12")
+    before = replace(lock.Owner.me(), host="elsewhere", boot="other")
+    assert before.is_running() is False
+    assert replace(before, run="another step of the job").is_running() is None
+    assert replace(before, job="").is_running() is None
+
+
 def test_of_many_jobs_that_find_a_dead_lock_one_gets_it(tmp_path):
     finished = subprocess.Popen([sys.executable, "-S", "-c", ""])
     finished.wait()
