@@ -30,7 +30,7 @@ from megabagel.checkpoint import folder
 from megabagel.config.load import load_config
 from megabagel.config.schema import Config, ParallelConfig
 from megabagel.runtime import distributed
-from megabagel.training import attempts, metrics, setup  # noqa: F401  imported once, for all workers of all nodes
+from megabagel.training import attempts, metrics_file, setup  # noqa: F401  imported once, for all workers of all nodes
 from tools.chaos import account, node, poison, strikes
 
 _FORK = multiprocessing.get_context("fork")
@@ -117,7 +117,7 @@ def _differences(run_dir: Path, other: Path, step: int) -> list[str]:
     names = ours.recv()
     child.join()
     lines = [
-        [(m["step"], m["ce"], m["mse"], m["grad_norm"]) for m in metrics.read_metrics(d)] for d in (run_dir, other)
+        [(m["step"], m["ce"], m["mse"], m["grad_norm"]) for m in metrics_file.read_metrics(d)] for d in (run_dir, other)
     ]
     return names + (["metrics.jsonl"] if lines[0] != lines[1] else [])
 

@@ -20,20 +20,24 @@ AGAIN_SECONDS = 1.0  # launchers pass a signal on that has reached the process a
 
 
 class StopSignals:
-    """What this process has been asked. `received`: the first signal; None as long as there was none."""
+    """What this process has been asked. `received`: the first signal; None as long as there was none.
+
+    `is_training`: there is something to save; to be set by whoever trains.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.is_training = False
         self._since = 0.0
 
     def take(self, number: signal.Signals) -> None:
-        """Note a signal. The process ends here and now when somebody who pressed Ctrl-C insists, and when the launcher
-        only clears away what another process of this machine has left behind by dying."""
+        """Note a signal. The process ends here and now when somebody who pressed Ctrl-C insists, and when torchrun only
+        clears away what another process has left behind by dying, here or, before training, on another machine."""
         now = time.monotonic()
         is_interrupted = self.received == signal.SIGINT and now - self._since > AGAIN_SECONDS
         if is_interrupted and number in (signal.SIGINT, signal.SIGTERM):
             failure.leave(128 + signal.SIGINT)
-        if number == signal.SIGTERM and _has_lost_a_sibling():
+        if number == signal.SIGTERM and _is_torchruns() and (not self.is_training or _has_lost_a_sibling()):
             failure.leave(exit_codes.FAILED)
         if self.received is None:
             self.received, self._since = number, now
@@ -69,11 +73,13 @@ def _listen(channel: socket.socket, signals: StopSignals) -> None:
                     signals.take(signal.Signals(number))
 
 
+def _is_torchruns() -> bool:
+    return "LOCAL_WORLD_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _has_lost_a_sibling() -> bool:
     """Whether a worker that torchrun has started beside this one is gone: torchrun then ends the others by SIGTERM, and
     there is nobody left to make a whole step with."""
-    if "LOCAL_WORLD_SIZE" not in os.environ or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return False
     alive = 0
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(os.getppid()).children():

@@ -40,6 +40,7 @@ class Stop:
 
         It is one all-reduce of four bytes over all ranks, where they wait for each other anyway.
         """
+        self._signals.is_training = True
         code = int(self._signals.received or 0)
         if self._is_late(seconds_needed):
             code = _TIME_LIMIT_CODE

@@ -44,11 +44,12 @@ def test_signals_are_noted_while_the_main_thread_is_busy_and_end_nothing():
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def left(numbers: list[signal.Signals], pause: float = 0.0) -> int | None:
+def left(numbers: list[signal.Signals], pause: float = 0.0, is_training: bool = True) -> int | None:
     """Exit code of a process that such signals end, `pause` apart; None when they do not end it."""
     child = os.fork()
     if child == 0:
         signals = StopSignals()
+        signals.is_training = is_training
         for number in numbers:
             signals.take(number)
             signals._since -= pause
@@ -69,6 +70,8 @@ def test_a_worker_whose_sibling_has_died_leaves_when_torchrun_clears_away(monkey
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert left([signal.SIGTERM]) is None
+    assert left([signal.SIGTERM], is_training=False) == exit_codes.FAILED  # there is nothing to save
+    assert left([signal.SIGUSR1], is_training=False) is None  # a person's
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "999")  # so many were started
     assert left([signal.SIGTERM]) == exit_codes.FAILED
     assert left([signal.SIGUSR1]) is None

@@ -4,7 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from megabagel.runtime import events
-from megabagel.training.metrics import read_metrics
+from megabagel.training.metrics_file import read_metrics
 
 
 def account(run_dir: Path) -> dict:
