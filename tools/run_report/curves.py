@@ -46,21 +46,24 @@ def draw(curves: Mapping[str, Points], marks: Sequence[float] = (), log: bool = 
         axis.grid(color=_RULE, linewidth=0.6)
         axis.set_axisbelow(True)
         shown = [(name, points) for name, points in curves.items() if points]
+        ordered = len(shown) > len(COLOURS)  # bins of one quantity: one colour that deepens
         for number, (name, points) in enumerate(shown):
-            colour = COLOURS[number % len(COLOURS)]
+            colour = COLOURS[0 if ordered else number]
+            alpha = (number + 2) / (len(shown) + 1) if ordered else 1.0
             if name in dots:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, linewidth=1, label=name)
                 continue
             thin = thinned(points)
             if len(shown) < 3:
                 axis.plot(*zip(*thin, strict=True), color=colour, linewidth=0.8, alpha=0.3)
-            axis.plot(*zip(*smoothed(thin), strict=True), color=colour, linewidth=1.5, label=name)
+            axis.plot(*zip(*smoothed(thin), strict=True), color=colour, alpha=alpha, linewidth=1.5, label=name)
         for mark in marks:
             axis.axvline(mark + 0.5, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)), alpha=0.7)
         if log and all(y > 0 for _, points in shown for _, y in points):
             axis.set_yscale("log")
         if len(shown) > 1:
-            axis.legend(fontsize=8, frameon=False, ncols=2 if len(shown) > 4 else 1)
+            above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+            axis.legend(fontsize=8, frameon=False, ncols=5 if ordered else 4, handlelength=1.2, **above)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)

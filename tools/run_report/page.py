@@ -8,13 +8,14 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from run_report.account import CAUSES, Account
+from run_report.account import CAUSES, Account, Attempt
 from run_report.curves import draw, points_of
 
 TEMPLATE = "page.html.j2"
 MOST_EVENTS = 300
-_ORDINARY = ("launch", "start", "save", "end")
-_LEFT_OUT = ("time", "kind", "rank", "host", "job", "requeue", "restart", "step")
+_ORDINARY = ("launch", "start", "save", "end", "recomputed")
+_UNTOLD = "still running, or ended without a word"
+_LEFT_OUT = ("time", "kind", "rank", "host", "job", "requeue", "restart", "step", "last")
 
 
 def render(run_dir: Path, account: Account, events: Sequence[dict], config: str, checkpoints: Sequence[dict]) -> str:
@@ -31,7 +32,7 @@ def render(run_dir: Path, account: Account, events: Sequence[dict], config: str,
             for cause, words in CAUSES.items()
             if account.spent[cause] > 0
         ],
-        attempts=[_attempt(number, attempt) for number, attempt in enumerate(account.attempts, 1)],
+        attempts=[_attempt(n, a, n == len(account.attempts)) for n, a in enumerate(account.attempts, 1)],
         charts=_charts(account),
         kinds=Counter(event["kind"] for event in unusual).most_common(),
         events=[_event(event, account) for event in shown[-MOST_EVENTS:]],
@@ -61,13 +62,12 @@ def _state(account: Account) -> str:
     if not account.attempts:
         return "no step yet"
     begin = time.strftime("%Y-%m-%d %H:%M", time.localtime(account.attempts[0].begin))
-    fate = account.attempts[-1].fate or "running, or ended without a word"
-    return f"began {begin}, {duration(account.wall)} since; {fate}"
+    fate = account.attempts[-1].fate or _UNTOLD
+    return f"began {begin}, lasted {duration(account.wall)}; {fate}"
 
 
 def _tiles(account: Account, events: Sequence[dict]) -> list[dict]:
     steps, kinds = account.steps, Counter(event["kind"] for event in events)
-    failures = kinds["failure"] + kinds["hang"]
     tiles = [{"value": f"{steps[-1]['step']:,}" if steps else "0", "label": "steps"}]
     if account.effective is not None:
         tiles.append({"value": f"{account.effective:.1%}", "label": "effective training time"})
@@ -80,7 +80,7 @@ def _tiles(account: Account, events: Sequence[dict]) -> list[dict]:
     tiles += [
         {"value": f"{max(len(account.attempts) - 1, 0)}", "label": "restarts", "alarm": len(account.attempts) > 1},
         {"value": f"{kinds['hang']}", "label": "hangs", "alarm": kinds["hang"] > 0},
-        {"value": f"{failures}", "label": "failures that were told", "alarm": failures > 0},
+        {"value": f"{kinds['failure']}", "label": "failures told", "alarm": kinds["failure"] > 0},
         {"value": f"{kinds['nonfinite']}", "label": "steps not finite", "alarm": kinds["nonfinite"] > 0},
     ]
     if steps and (bad := steps[-1].get("skipped_samples")):
@@ -88,7 +88,7 @@ def _tiles(account: Account, events: Sequence[dict]) -> list[dict]:
     return tiles
 
 
-def _attempt(number: int, attempt) -> dict:
+def _attempt(number: int, attempt: Attempt, is_last: bool) -> dict:
     return {
         "number": number,
         "begin": time.strftime("%m-%d %H:%M:%S", time.localtime(attempt.begin)),
@@ -97,7 +97,7 @@ def _attempt(number: int, attempt) -> dict:
         "start": duration(attempt.started - attempt.begin) if attempt.started else "never",
         "steps": f"{attempt.first_step + 1}–{attempt.last_step}" if attempt.last_step is not None else "none kept",
         "lasted": duration(max(0.0, attempt.last_alive - attempt.begin)),
-        "fate": attempt.fate or "ended without a word: killed, lost, or still running",
+        "fate": attempt.fate or (_UNTOLD if is_last else "killed, or its machine was lost"),
     }
 
 
@@ -116,6 +116,10 @@ def _event(event: dict, account: Account) -> dict:
 
 
 def _words(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(_words(entry) for entry in value)
+    if isinstance(value, dict) and "origin" in value:  # a sample
+        return f"{value.get('group', '')} {value['origin']}".strip()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
