@@ -16,8 +16,9 @@ trap 'asked=TERM' TERM HUP
 trap 'interrupt' INT
 
 interrupt() {
+    if [[ -z "$process" ]]; then exit 130; fi
     if [[ "$asked" == INT ]]; then
-        [[ -z "$process" ]] || kill -USR2 "$process"
+        kill -USR2 "$process"
         return
     fi
     asked=INT
@@ -27,6 +28,7 @@ interrupt() {
 # Runs a command in the background and waits for it, so that this shell hears signals meanwhile; returns its code.
 run_step() {
     local code=0 pause
+    if [[ -n "$asked" ]]; then return "$STOPPED"; fi
     "$@" &
     process=$!
     while kill -0 "$process" 2>/dev/null; do

@@ -47,9 +47,9 @@ MailProg=/bin/true
 MpiDefault=none
 ReturnToService=2
 JobRequeue=1
-KillWait=60
+KillWait=300
 MinJobAge=600
-MessageTimeout=30
+MessageTimeout=60
 NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} {shape}
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} {shape}
 PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
