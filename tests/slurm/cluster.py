@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
 NODES = ("node1", "node2")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -91,10 +93,12 @@ class Cluster:
             raise RuntimeError("\n".join([str(error), *logs])) from None
 
     def stop(self) -> None:
-        """Every daemon, and what jobs of theirs still run."""
-        with contextlib.suppress(subprocess.SubprocessError):
-            self.run("scancel", "--user", getpass.getuser(), check=False)
+        """Every daemon, and what is left of jobs."""
+        with contextlib.suppress(RuntimeError, TimeoutError):
+            self.run("scancel", "--user", getpass.getuser())
             self.wait(lambda: not self.run("squeue", "--noheader").strip(), 30, "no job runs")
+        for node in NODES:
+            self._kill_processes_of(node)
         for file in ("slurmd.node1.pid", "slurmd.node2.pid", "slurmctld.pid", "munge.pid"):
             _end(self.home / file)
 
@@ -118,25 +122,21 @@ class Cluster:
 
     def crash_node(self, node: str) -> None:
         """What a power failure does: the daemon and everything that it started are gone, then SLURM notices it."""
-        for pid in [_pid(self.home / f"slurmd.{node}.pid"), *self._processes_of(node)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        os.kill(_pid(self.home / f"slurmd.{node}.pid"), signal.SIGKILL)
+        self._kill_processes_of(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crashed")
 
-    def _processes_of(self, node: str) -> list[int]:
-        """Processes of jobs on `node` of this cluster, step daemons first: these carry its name as arguments do."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                ours = f"SLURM_CONF={self.home}/slurm.conf".encode() in environment
-                is_step = (folder / "comm").read_text().strip() == "slurmstepd"
-                here = f"SLURMD_NODENAME={node}".encode() in environment
-                if is_step and f"slurmd.{node}.log".encode() in b"".join(_open_files(folder)):
-                    found.insert(0, int(folder.name))
-                elif ours and here:
-                    found.append(int(folder.name))
-        return found
+    def _kill_processes_of(self, node: str) -> None:
+        """Of jobs on `node`, the daemons of their steps first: these would tell SLURM how the others ended."""
+        for process in sorted(psutil.process_iter(["name"]), key=lambda found: found.info["name"] != "slurmstepd"):
+            with contextlib.suppress(psutil.Error):
+                is_step = process.info["name"] == "slurmstepd"
+                if is_step and str(self.home / f"slurmd.{node}.log") in (file.path for file in process.open_files()):
+                    process.kill()
+                environment = {} if is_step else process.environ()
+                ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if ours and environment.get("SLURMD_NODENAME") == node:
+                    process.kill()
 
     def node_state(self, node: str) -> str:
         return self.run("sinfo", "--noheader", "--nodes", node, "--format", "%T").strip().rstrip("*").upper()
@@ -157,20 +157,15 @@ class Cluster:
         return self.job(job)
 
     def wait(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Raises TimeoutError when `condition` does not become true."""
+        """Raises TimeoutError when `condition` does not become true. No answer of SLURM is not one either."""
         deadline = time.monotonic() + seconds
-        while not condition():
+        while True:
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+                if condition():
+                    return
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {seconds:.0f} s still not: {what}\n{self.run('squeue', check=False)}")
             time.sleep(0.2)
-
-
-def _open_files(process: Path) -> list[bytes]:
-    links = []
-    for link in (process / "fd").iterdir():
-        with contextlib.suppress(OSError):
-            links.append(os.readlink(link).encode())
-    return links
 
 
 def _free_ports(count: int) -> list[int]:
@@ -190,7 +185,7 @@ def _end(pid_file: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         pid = _pid(pid_file)
         os.kill(pid, signal.SIGTERM)
-        for _ in range(100):
+        for _ in range(30):
             time.sleep(0.1)
             os.kill(pid, 0)  # raises once it has gone
         os.kill(pid, signal.SIGKILL)

@@ -61,6 +61,21 @@ def test_what_nvidia_smi_knows_becomes_sentences():
     assert "GPU 1 has 30000 MiB in use by another process." in said
 
 
+def test_a_driver_that_lacks_a_field_is_asked_without_it(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    known = gpus.FIELDS[:-1]
+    smi.write_text(f"""#!/bin/sh
+case "$1" in --query-gpu={",".join(known)}) echo "0, 4, 9, No, No";; *{gpus.HOT}*) echo 'Field "{gpus.HOT}" is not a valid field to query.'; exit 2;; *) exit 1;; esac
+""")  # noqa: E501
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(gpus, "_reported_by_the_kernel", list)
+    assert gpus.faults(2) == [
+        "GPU 0 had 9 uncorrectable memory errors since its driver was loaded.",
+        "1 GPUs answer, but 2 processes start here.",
+    ]
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("preflight")

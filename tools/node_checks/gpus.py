@@ -2,36 +2,34 @@
 
 import csv
 import io
+import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 
-_FIELDS = {  # of `nvidia-smi --query-gpu`; a driver that lacks one says so in its place
-    "index": "index",
-    "memory.used": "used_mib",
-    "ecc.errors.uncorrected.volatile.total": "uncorrected",
-    "remapped_rows.failure": "remap_failed",
-    "remapped_rows.pending": "remap_pending",
-    "clocks_event_reasons.hw_thermal_slowdown": "hot",
-}
+USED, UNCORRECTED = "memory.used", "ecc.errors.uncorrected.volatile.total"
+REMAP_FAILED, REMAP_PENDING = "remapped_rows.failure", "remapped_rows.pending"
+HOT = "clocks_event_reasons.hw_thermal_slowdown"
+FIELDS = ("index", USED, UNCORRECTED, REMAP_FAILED, REMAP_PENDING, HOT)  # of `nvidia-smi --query-gpu`
 OCCUPIED_MIB = 2048  # of another process
 
 
-def faults_of_table(table: str) -> list[str]:
-    """Sentences about the rows of nvidia-smi's CSV (no header, no units)."""
+def faults_of_table(table: str, fields: Sequence[str] = FIELDS) -> list[str]:
+    """Sentences about the rows of nvidia-smi's CSV of `fields` (no header, no units)."""
     faults = []
     for row in csv.reader(io.StringIO(table), skipinitialspace=True):
-        gpu = dict(zip(_FIELDS.values(), row, strict=False))
+        gpu = dict.fromkeys(FIELDS, "") | dict(zip(fields, row, strict=True))
         where = f"GPU {gpu['index']}"
-        if _number(gpu["uncorrected"]) > 0:
-            faults.append(f"{where} had {gpu['uncorrected']} uncorrectable memory errors since its driver was loaded.")
-        if _is_yes(gpu["remap_failed"]):
+        if _number(gpu[UNCORRECTED]) > 0:
+            faults.append(f"{where} had {gpu[UNCORRECTED]} uncorrectable memory errors since its driver was loaded.")
+        if _is_yes(gpu[REMAP_FAILED]):
             faults.append(f"{where} could not replace a broken memory row: it needs to be exchanged.")
-        if _is_yes(gpu["remap_pending"]):
+        if _is_yes(gpu[REMAP_PENDING]):
             faults.append(f"{where} waits for a reset to replace a broken memory row.")
-        if _is_yes(gpu["hot"]):
+        if _is_yes(gpu[HOT]):
             faults.append(f"{where} runs slower because it is too hot.")
-        if _number(gpu["used_mib"]) > OCCUPIED_MIB:
-            faults.append(f"{where} has {gpu['used_mib']} MiB in use by another process.")
+        if _number(gpu[USED]) > OCCUPIED_MIB:
+            faults.append(f"{where} has {gpu[USED]} MiB in use by another process.")
     return faults
 
 
@@ -39,18 +37,27 @@ def faults(needed: int) -> list[str]:
     """About this node, on which `needed` processes start; [] without an NVIDIA driver. Ask before CUDA is used."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        done, fields = _ask(list(FIELDS))
     except subprocess.TimeoutExpired:
         return ["nvidia-smi does not answer: a GPU or its driver hangs."]
     if done.returncode:
         return [f"nvidia-smi fails: {(done.stdout + done.stderr).strip().splitlines()[-1]}"]
-    found = faults_of_table(done.stdout)
+    found = faults_of_table(done.stdout, fields)
     count = len(done.stdout.strip().splitlines())
     if count < needed:
         found.append(f"{count} GPUs answer, but {needed} processes start here.")
     return found + _reported_by_the_kernel()
+
+
+def _ask(fields: list[str]) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """nvidia-smi's answer and the fields that it is about: a driver may not know all."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    unknown = re.search(r'Field "(.+?)" is not a valid field', done.stdout + done.stderr)
+    if done.returncode and unknown and unknown[1] in fields:
+        return _ask([field for field in fields if field != unknown[1]])
+    return done, fields
 
 
 def _reported_by_the_kernel() -> list[str]:
