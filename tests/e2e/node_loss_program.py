@@ -15,9 +15,9 @@ from unittest import mock
 import psutil
 
 from megabagel import train
-from megabagel.checkpoint import folder
 from megabagel.config.load import load_config
 from megabagel.config.schema import Config
+from megabagel.runtime import events
 from megabagel.training import attempts, setup  # noqa: F401  imported once, for the workers of both nodes
 from tools.chaos import node
 
@@ -28,6 +28,13 @@ def rank(config: Config) -> None:
     """The life of a worker; its configuration was parsed before."""
     with mock.patch.object(train, "load_config", lambda argv: config):
         train.main([])
+
+
+def has_saved_together(run_dir: str) -> bool:
+    """Whether there is a checkpoint of both nodes; one may have begun alone."""
+    happened = events.read(run_dir)
+    both = [e["time"] for e in happened if e["kind"] == "start" and e["world_size"] == 2]
+    return bool(both) and any(e["kind"] == "save" and e["time"] > both[-1] for e in happened)
 
 
 def main(run_dir: str, *options: str) -> int:
@@ -42,7 +49,7 @@ def main(run_dir: str, *options: str) -> int:
     for process in nodes:
         process.start()
     deadline = time.monotonic() + PATIENCE
-    while folder.latest_step(run_dir) is None and time.monotonic() < deadline:
+    while not has_saved_together(run_dir) and time.monotonic() < deadline:
         time.sleep(0.1)
     lost = psutil.Process(nodes[1].pid)
     for process in [*lost.children(recursive=True), lost]:

@@ -24,7 +24,7 @@ def test_a_lost_node_leaves_fewer_replicas_that_go_on_with_the_same_data(tmp_pat
     logs = "\n".join(log.read_text()[-3000:] for log in sorted(tmp_path.glob("*.log")))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     starts = [e for e in events.read(run_dir) if e["kind"] == "start"]
-    assert [e["dp_size"] for e in starts] == [2, 1] and starts[1]["step"] >= 2
+    assert [e["dp_size"] for e in starts][-2:] == [2, 1] and starts[-1]["step"] >= 2
     alone = tmp_path / "alone"
     launch_ok("megabagel.train", *training_options(data_file, alone, STEPS), processes=1, timeout=600)
     lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (run_dir, alone)]
