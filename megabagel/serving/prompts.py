@@ -17,10 +17,11 @@ from megabagel.data.images import decode, target_size
 from megabagel.inference import FlowSettings, Generator
 from megabagel.inference.guidance import Guidance
 from megabagel.serving.limits import ApiError, Limits
-from megabagel.serving.requests import MAX_SEED, ChatRequest, FlowFields, ImageRequest, Message
+from megabagel.serving.requests import ChatRequest, FlowFields, ImageRequest, Message
 from megabagel.serving.work import Call, Work
 
 _TOKENS = 512  # of a text, if the request does not say
+_COLD = 1e-4  # temperatures below choose the likeliest token, and dividing by them could overflow
 _LONGEST_TOKEN = 128  # characters; a text with more of them than this allows has too many tokens, uncounted
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,")
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -60,7 +61,10 @@ class Prompts:
         if any(not 1 <= len(stop) <= 200 for stop in stops):
             raise ApiError(400, "`stop` is wrong: a stop sequence has 1 to 200 characters.", "stop")
         parts = [part for message in request.messages for part in self._message(message)]
-        return self._asked(request, kind, parts, most, tuple(stops), request.temperature or 0.0, request.top_p)
+        temperature = request.temperature or 0.0
+        if temperature < _COLD:
+            temperature = 0.0
+        return self._asked(request, kind, parts, most, tuple(stops), temperature, request.top_p)
 
     def image(self, request: ImageRequest, shown: Sequence[bytes] = ()) -> Asked:
         """A picture, after the pictures `shown`. Raises ApiError."""
@@ -112,7 +116,7 @@ class Prompts:
         flow = self._flow(request)
         height, width = self._size(request.size) if draws else (None, None)
         call = Call(kind, temperature, 1.0 if top_p is None else top_p, request.think, flow, height, width)
-        seed = secrets.randbelow(2**31) if request.seed is None else min(request.seed, MAX_SEED - count)
+        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         works = [Work(call, tuple(parts), seed + n, max_tokens, limits.max_pixels) for n in range(count)]
         return Asked(works, stops, *tokens)
 

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-PATIENCE = 120_000  # ms
+PATIENCE = 300_000  # ms
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def page(address):
         page.goto(address)
         page.get_by_text("Ready: tiny").wait_for()
         yield page
-        assert not faults
+        assert [fault for fault in faults if "status of 400" not in fault] == []  # the refusal that was asked for
         browser.close()
 
 
@@ -90,3 +90,4 @@ def test_a_refusal_is_shown(page):
     page.evaluate("document.getElementById('tokens').removeAttribute('max')")
     page.get_by_role("button", name="Send").click()
     page.get_by_text("this server allows at most 2048").first.wait_for()
+    assert page.locator(".turn").nth(-2).locator(".who").inner_text() == "You"  # no empty answer is left

@@ -99,10 +99,13 @@ async def until(condition) -> None:
 
 
 def test_an_answer_is_what_the_generator_writes(app, bagel):
-    (answer,) = answers(app, post(CHAT, QUESTION | {"model": "tiny"}))
+    answer, cold = answers(
+        app, post(CHAT, QUESTION | {"model": "tiny"}), post(CHAT, QUESTION | {"temperature": 1e-300})
+    )
     body = answer.json()
     expected = bagel.answers(["How many lanterns are there?"], TextSettings(max_tokens=9))
     assert [choice["message"]["content"] for choice in body["choices"]] == expected
+    assert cold.json()["choices"] == body["choices"]
     assert body["choices"][0]["finish_reason"] == "length" and body["model"] == "tiny"
     prompt_tokens = len(bagel.tokenizer.encode("How many lanterns are there?")) + 2
     assert body["usage"] == {"prompt_tokens": prompt_tokens, "completion_tokens": 9, "total_tokens": prompt_tokens + 9}

@@ -195,6 +195,8 @@ async function send() {
     say("Ready.");
   } catch (error) {
     const said = error.name === "AbortError" ? "Stopped." : error.message;
+    const last = log.lastElementChild;
+    if (!last.classList.contains("mine") && !last.querySelector("img, .words:not(:empty)")) last.remove();
     const fault = turn("Not done");
     fault.box.classList.add("fault");
     fault.words.textContent = said;
