@@ -114,7 +114,8 @@ def _attempts(events: Sequence[dict], steps: Sequence[dict]) -> list[Attempt]:
             continue
         mine = attempts[-1]
         mine.events.append(event)
-        mine.last_alive = max(mine.last_alive, event["time"])
+        if kind != "noticed":  # by the launcher, when the processes were gone
+            mine.last_alive = max(mine.last_alive, event["time"])
         if kind == "start":
             mine.started, mine.first_step = event["time"], event.get("step")
             mine.world_size = event.get("world_size")
