@@ -21,6 +21,7 @@ from megabagel.evaluation.work import Work
 from megabagel.inference import Generator
 
 IDENTITY_FILE = "identity.json"
+_OTHER = {"model": "another model", "task": "other settings", "requests": "other requests"}
 # what answers do not depend on, or only by way of the requests
 _OF_SCORES = ("file", "scores", "limit", "template", "reference_dir", "distractors", "bert_layer")
 
@@ -97,7 +98,7 @@ def _claim(folder: Path, wanted: dict[str, object]) -> None:
             file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         elif known != wanted:
             part = next(key for key in wanted if known.get(key) != wanted[key])
-            verdict = [f"{folder} holds results of another {part}; give another --out, or delete that folder."]
+            verdict = [f"{folder} holds results of {_OTHER[part]}; give another --out, or delete that folder."]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
         raise ConfigError(verdict[0])

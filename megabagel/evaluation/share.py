@@ -35,7 +35,7 @@ class Share:
         (known,) = known
         todo = [number for number, ids in enumerate(groups) if any(key not in known for key in ids)]
         found: dict[str, object] = {}
-        shown = dist.get_rank() == 0
+        shown = dist.get_rank() == 0 and len(todo) > 0
         for number in tqdm(todo[self.index :: self.size], desc=f"{folder.name} {name}", disable=not shown):
             new = dict(zip(groups[number], work(number), strict=True))
             if self.writes:
