@@ -9,6 +9,7 @@ from megabagel.config.schema import Config
 from megabagel.data.faults import DataError
 from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed, failure, stop_signals, watchdog
+from megabagel.runtime.determinism import make_deterministic
 from megabagel.runtime.distributed import Layout
 from megabagel.runtime.give_up import GiveUp
 from megabagel.runtime.progress import Progress
@@ -23,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(argv)
         check_config(config, distributed.world_size())
         guarded.run_dir = config.checkpoint.run_dir
+        if config.training.deterministic:
+            make_deterministic()
         timeout = watchdog.group_timeout(config.faults.hang_seconds)
         layout = distributed.initialize(config.parallel, config.training.seed, timeout)
         if layout.rank == 0:

@@ -42,6 +42,7 @@ class RunState:
     data_state: object  # of all replicas
     config_yaml: str
     folder: Path
+    watched: dict[str, object]  # what the run knows of its losses so far
 
 
 def save(
@@ -54,17 +55,18 @@ def save(
     data_state: object,
     counters: dict[str, float],
     config_yaml: str,
+    watched: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     saver: Saver | None = None,
 ) -> Path:
     """Write the state after `step` updates; all ranks call it. Returns the folder that the checkpoint gets.
 
-    It is on disk and the newest when they return, unless `saver` works in the background. `data_state` is equal on all
-    ranks. `metrics`: what is known of the model's quality, by name. Raises CheckpointError on all ranks when the
-    checkpoint cannot be written.
+    It is on disk and the newest when they return, unless `saver` works in the background. `data_state` and `watched`
+    are equal on all ranks. `metrics`: what is known of the model's quality, by name. Raises CheckpointError on all
+    ranks when the checkpoint cannot be written.
     """
     held = Held(model_chunks, optimizer, ema)
-    run = _run(step, optimizer, ema, data_state, counters, config_yaml)
+    run = _run(step, optimizer, ema, data_state, counters, config_yaml, watched)
     objects = {_generators_key(): generators.state(), **held.objects_to_write()}
     common = {"run": run} if dist.get_rank() == 0 else {}
     (saver or Saver(background=False)).save(Job(run_dir, step, held.to_write(), objects, common, metrics))
@@ -82,10 +84,11 @@ def save_locally(
     counters: dict[str, int],
     config_yaml: str,
     saver: Saver,
+    watched: Mapping[str, object] | None = None,
 ) -> None:
     """As `save`, but each rank writes what it holds itself to a disk of its own, and asks nobody."""
     held = Held(model_chunks, optimizer, ema)
-    run = _run(step, optimizer, ema, data_state, counters, config_yaml)
+    run = _run(step, optimizer, ema, data_state, counters, config_yaml, watched)
     objects = {_generators_key(): generators.state(), **held.objects_to_keep()}
     saver.save(LocalJob(store, step, held.to_keep(), objects, run))
 
@@ -97,6 +100,7 @@ def _run(
     data_state: object,
     counters: dict[str, int],
     config_yaml: str,
+    watched: Mapping[str, object] | None,
 ) -> dict:
     return {
         "step": step,
@@ -104,6 +108,7 @@ def _run(
         "optimizer_steps": optimizer_state.steps_done(optimizer),
         "data_state": data_state,
         "config_yaml": config_yaml,
+        "watched": dict(watched or {}),
         "layout": _layout(),
         "has_ema": ema is not None,
     }
@@ -122,8 +127,9 @@ def load(
     *,
     verify: bool = True,
     local: LocalStore | None = None,
+    before: int | None = None,
 ) -> RunState | None:
-    """Continue from the newest whole checkpoint of `run_dir`; None on all ranks when it has none.
+    """Continue from the newest whole checkpoint of `run_dir`, of steps below `before`; None on all ranks without any.
 
     One in `local` comes first when it is newer and all ranks have it.
 
@@ -135,6 +141,8 @@ def load(
     local_steps, note = common_steps(local, run_dir) if local else ([], None)
     if note:
         _say("%s", note)
+    if before is not None:
+        steps, local_steps = ([step for step in found if step < before] for found in (steps, local_steps))
     for step in local_steps:
         fault, state = _attempt(lambda step=step: _open_local(local, step), model_chunks, optimizer, ema)
         if fault is None:
@@ -200,7 +208,9 @@ def _attempt(
         generators.restore(saved_generators)
     else:
         _say("the parallel layout has changed since %s: random generators start again from the seed", source)
-    return None, RunState(run["step"], run["counters"], run["data_state"], run["config_yaml"], source)
+    return None, RunState(
+        run["step"], run["counters"], run["data_state"], run["config_yaml"], source, run.get("watched", {})
+    )
 
 
 def _run_of(source: Path) -> dict:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from megabagel.config.checks_attention import attention_faults
 from megabagel.config.checks_experts import expert_faults
+from megabagel.config.checks_faults import faults_faults
 from megabagel.config.checks_files import file_faults
 from megabagel.config.checks_logging import logging_faults
 from megabagel.config.checks_parallel import layout_faults, world_faults
@@ -27,7 +28,7 @@ _CONNECTOR_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "relu", "silu")
 def check_config(config: Config, world_size: int) -> None:
     """Raise ConfigError with the first fault of `config` on `world_size` processes; return when there is none."""
     check_model(config)
-    for faults in (_budgets, _optimizer, validation_faults):
+    for faults in (_budgets, _optimizer, validation_faults, faults_faults):
         _refuse(faults(config))
     _refuse(world_faults(config, world_size))
     _refuse(file_faults(config))
@@ -87,6 +88,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "kernels": (config.kernels, "num_layers_at_start_in_bf16 num_layers_at_end_in_bf16"),
         "checkpoint": (config.checkpoint, "save_interval"),
         "faults": (config.faults, "max_rollbacks max_restarts_without_progress"),
+        "logging": (config.logging, "straggler_interval"),
     }
     for group, (values, names) in not_negative.items():
         for name in names.split():
@@ -99,6 +101,8 @@ def _ranges(config: Config) -> Iterator[str]:
         value = getattr(config.optimizer, name)
         if value is not None and not 0 <= value < 1:
             yield f"optimizer.{name} is {value}, but must lie in 0 .. 1, 1 excluded."
+    if not config.logging.straggler_factor > 1:
+        yield f"logging.straggler_factor is {config.logging.straggler_factor}, but must be greater than 1."
     if config.logging.peak_tflops is not None and not config.logging.peak_tflops > 0:
         yield f"logging.peak_tflops is {config.logging.peak_tflops}, but must be greater than 0; null turns MFU off."
 

@@ -145,6 +145,7 @@ class TrainingConfig:
     )  # selective: what is computed again
     recompute_vit: bool = False  # recompute the layers of a trainable ViT
     seed: int = 4396  # initial weights
+    deterministic: bool = False  # the same run gives the same bits again on the same machines; slower on a GPU
 
 
 @dataclass
@@ -238,6 +239,8 @@ class LoggingConfig:
     log_interval: int = 1  # steps between two lines of the console and the logs
     tensorboard: bool = True  # event files in RUN_DIR/tensorboard
     progress_bar: bool = True  # on a terminal; plain lines elsewhere
+    straggler_interval: int = 100  # steps between two comparisons of the ranks' own times; 0: never
+    straggler_factor: float = 1.3  # a rank that takes so many times as long as most others is named
     peak_tflops: float | None = None  # of one device at the training precision; null: from a table, else no MFU
     histogram_interval: int = 0  # steps between two histograms of gradients and parameters; 0: none
     wandb_project: str | None = None  # Weights & Biases, with TensorBoard's names; needs the extra wandb; null: off

@@ -66,6 +66,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         **_recompute(config.training),
         transformer_impl=precision.choose(config, precision.probe()),
         **_fp8(config.kernels),
+        deterministic_mode=config.training.deterministic,
         calculate_per_token_loss=True,  # losses are global: sum gradients over data-parallel ranks
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

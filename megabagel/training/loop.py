@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megabagel.checkpoint import distributed as checkpoint
+from megabagel.checkpoint import folder
 from megabagel.checkpoint.local import LocalStore
 from megabagel.checkpoint.retention import Keep
 from megabagel.checkpoint.saver import Saver
@@ -34,10 +35,12 @@ from megabagel.training.nonfinite import NonfiniteSteps, finite_or_none
 from megabagel.training.optimizer import set_learning_rate, update
 from megabagel.training.samples import Sample, Sampling
 from megabagel.training.schedule import lr_at
+from megabagel.training.spikes import Spikes
 from megabagel.training.step import count, forward_backward
 from megabagel.training.step_content import content_of
 from megabagel.training.step_values import at_hand, gathered, not_gathered
 from megabagel.training.stopping import Stop
+from megabagel.training.stragglers import Stragglers
 from megabagel.training.task_losses import TaskLosses
 from megabagel.training.validation import Validation
 
@@ -74,6 +77,8 @@ class Trainer:
         self.best = Best(self.config.checkpoint.best_metric, self.config.validation.patience)
         run_dir, faults = self.config.checkpoint.run_dir, self.config.faults
         self.nonfinite = NonfiniteSteps(run_dir, faults.nonfinite_patience, self.layout)
+        self.spikes = Spikes(run_dir, faults, self.layout)
+        self.stragglers = Stragglers(self.stages, self.layout, run_dir, self.config.logging)
         self.saver = Saver(self.config.checkpoint.async_save, Keep.of(self.config.checkpoint))
 
     def run(self) -> End:
@@ -105,6 +110,15 @@ class Trainer:
                     break
                 longest = max(longest, values["step_time"])
                 self.saver.check()
+                values |= self.stragglers.report(self.step, values)
+                spike = self.spikes.look(self.step, values)
+                values |= self.spikes.values()
+                if spike and self.roll_back():
+                    if writer:
+                        writer.write(spike, values)
+                        writer.rewind(self.step)
+                    saved = self.step
+                    continue
                 self.validate()
                 samples, sizes = self.make_samples(), self.measure_sizes()
                 if self._save_is_due():
@@ -151,6 +165,7 @@ class Trainer:
         is_shown = (self.step + 1) % config.logging.log_interval == 0
         tasks = TaskLosses(self.reader.state_dict()["groups"], packs, config, self.layout)
         micro_batches = list(zip(plans, inputs, strict=True))
+        self.stragglers.start()
         losses = forward_backward(
             self.stages, micro_batches, counts, config.training, self.rows, tasks if is_shown else None
         )
@@ -241,23 +256,56 @@ class Trainer:
             "data_state": self.reader.state_dict(),
             "counters": {"samples": self.samples, **self.best.state_dict(), **self.nonfinite.state_dict()},
             "config_yaml": to_yaml(self.config),
+            "watched": self.spikes.state_dict(),
             "saver": self.saver,
         }
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of the run folder; False when there is none."""
-        wanted = self.config.checkpoint
-        state = checkpoint.load(
-            wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify, local=self.local
-        )
+        state = self._load()
         if state is None:
             return False
         self.step, self.samples = state.step, state.counters["samples"]
         self.best.load_state_dict(state.counters)
         self.nonfinite.load_state_dict(state.counters)
+        self.spikes.load_state_dict(state.watched)
         self.reader.load_state_dict(state.data_state)
         self._say(f"continuing after step {self.step} from {state.folder}")
         return True
+
+    def roll_back(self) -> bool:
+        """Go back to the last checkpoint before this step, or to the one before that when that has not helped.
+
+        The data go on where they are. The checkpoint is written again, so that a new start does the same. False, and
+        nothing happens, when there is none. Every rank must call it.
+        """
+        self.saver.wait()
+        step, samples = self.step, self.samples
+        state = self._load(before=step)
+        if state is not None and state.step == self.spikes.rolled_back_to:
+            state = self._load(before=state.step) or state
+        if state is None:
+            self._say(f"there is no checkpoint before step {step}: the run goes on")
+            return False
+        self.step, self.samples = state.step, state.counters["samples"]
+        self.best.load_state_dict(state.counters)
+        self.spikes.load_windows(state.watched)
+        self.spikes.went_back(step, self.step, samples - self.samples)
+        self._say(
+            f"going back to the weights after step {self.step} from {state.folder}; the {samples - self.samples} "
+            "samples since then are left out"
+        )
+        self.measured = folder.metrics_of(state.folder)
+        self.start_save()
+        if self.local:  # those ahead belong to what is left behind
+            self.start_local_save()
+        return True
+
+    def _load(self, before: int | None = None) -> checkpoint.RunState | None:
+        wanted = self.config.checkpoint
+        return checkpoint.load(
+            wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify, local=self.local, before=before
+        )
 
     def _say(self, message: str) -> None:
         if self.layout.rank == 0:

@@ -33,9 +33,9 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         text = to_yaml(config)
         (run_dir / CONFIG_FILE).write_text(text, encoding="utf-8")
-        if dropped := drop_later_steps(run_dir / METRICS_FILE, start_step):
-            record_repetition(run_dir, dropped)
-        self._lines = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._run_dir, self._file = run_dir, run_dir / METRICS_FILE
+        self._drop(start_step)
+        self._lines = self._file.open("a", encoding="utf-8")
         self._outlets = Outlets(config.logging, run_dir, text)
         self._console = Console(start_step, train_steps, config.logging.progress_bar)
         self._interval = config.logging.log_interval
@@ -78,8 +78,19 @@ class MetricsWriter:
         for name, histogram in histograms.items():
             self._outlets.call("write_histogram", step, name, histogram)
 
+    def rewind(self, step: int) -> None:
+        """The run goes on after `step`: drop the lines about later ones."""
+        self._lines.close()
+        self._drop(step)
+        self._lines = self._file.open("a", encoding="utf-8")
+        self._console.advance(step)
+
     def close(self) -> None:
         """Flush everything; safe to call twice."""
         self._console.close()
         self._lines.close()
         self._outlets.close()
+
+    def _drop(self, last_step: int) -> None:
+        if dropped := drop_later_steps(self._file, last_step):
+            record_repetition(self._run_dir, dropped)

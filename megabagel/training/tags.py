@@ -44,9 +44,11 @@ _OURS = {
     "logging-time": "log_time",
     "ema-distance": "ema_distance",
     "host-memory-bytes": "host_memory_bytes",
+    "loss-spikes": "spikes",
+    "rollbacks": "rollbacks",
 }
 _BAGEL_MEBIBYTES = {"mem_allocated": "memory_bytes", "mem_cache": "reserved_bytes"}
-_AS_THEY_ARE = ("data/", "validation/", "tokens/", "flops/")  # beginnings of names in the record that are tags
+_AS_THEY_ARE = ("data/", "straggler/", "validation/", "tokens/", "flops/")  # beginnings of names in the record that are tags
 _WITH_TWINS = {"groups/": "groups/", "mse_t": "mse_t", "grad_norm/": "grad-norm/"}  # the same -> beginning of the tag
 
 
