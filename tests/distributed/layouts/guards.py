@@ -8,18 +8,25 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megabagel.data.pack import Pack
 from megabagel.runtime import events
+from megabagel.runtime.determinism import make_deterministic
 from megabagel.runtime.give_up import GiveUp
 from megabagel.runtime.overlap import whole_parameters
 from megabagel.training.loop import Trainer
+from megabagel.training.metrics import read_metrics
 from tests.distributed.layouts.packs import PackReader
 from tests.distributed.layouts.run import make_trainer
+from tools import replay_step
 
 STEPS = (("mixed", "three images", "frames", "many samples"),) * 3
 POISONED = 1  # of STEPS
+LONG = (("mixed", "three images"),) * 8
+SPIKE = 5  # of LONG
+SLOW_RANK = 1
 
 
 class PoisonedReader(PackReader):
@@ -32,10 +39,26 @@ class PoisonedReader(PackReader):
         return packs
 
 
-def poisoned(pack: Pack) -> Pack:
-    """With latents of its first picture that are not finite, in the form of stored ones."""
+class SpikingReader(PackReader):
+    """The loss of one step jumps."""
+
+    def next_step(self) -> list[Pack]:
+        packs = super().next_step()
+        return [poisoned(pack, 20.0) for pack in packs] if self._read == SPIKE + 1 else packs
+
+
+class SkippingReader(PackReader):
+    """Lacks the step whose loss would jump, and the one before, after the last checkpoint."""
+
+    def next_step(self) -> list[Pack]:
+        self._read += 2 * (self._read == SPIKE - 1)
+        return super().next_step()
+
+
+def poisoned(pack: Pack, value: float = torch.nan) -> Pack:
+    """With that in place of the latents of its first picture, in the form of stored ones."""
     _, height, width = pack.vae_images[0].shape
-    bad = torch.full((8, height // 8, width // 8), torch.nan)
+    bad = torch.full((8, height // 8, width // 8), value)
     return dataclasses.replace(pack, vae_images=[bad, *pack.vae_images[1:]])
 
 
@@ -90,7 +113,14 @@ def train(options: dict[str, Any], run_dir: str, bad_gradient_of: int | None = N
             before = _tensors(trainer)
             values.append(trainer.train_step())
             changed.append(not _equal(before, _tensors(trainer)))
+    trainer.save()
     return _report(trainer, run_dir, changed, values)
+
+
+def replay(file: str, checkpoint: str) -> tuple[int, list[str]]:
+    """What the tool returns and says."""
+    said: list[str] = []
+    return replay_step.run(Path(file), checkpoint, said.append), said
 
 
 def give_up(options: dict[str, Any], run_dir: str) -> Guarded:
@@ -109,6 +139,54 @@ def give_up(options: dict[str, Any], run_dir: str) -> Guarded:
 
 
 def _report(trainer: Trainer, run_dir: str, changed: list[bool], values: list[dict]) -> Guarded:
-    torch.distributed.barrier()
+    dist.barrier()
     files = sorted(str(p.relative_to(run_dir)) for p in Path(run_dir).glob("nonfinite/*/*"))
     return Guarded(changed, values, events.read(run_dir), files, trainer.nonfinite.state_dict())
+
+
+def _one_is_slow(device: torch.device) -> float:
+    return 0.003 if dist.get_rank() == SLOW_RANK else 0.001
+
+
+@dataclasses.dataclass
+class Watched:
+    """What a rank hands back."""
+
+    tensors: list[Tensor]
+    metrics: list[dict]
+    events: list[dict]
+    resumed: dict[str, Any]  # what a new start knows of spikes
+    places: list[int]  # in the data, of the last checkpoint and of the one before
+
+
+def watch(options: dict[str, Any], run_dir: str, spikes: bool) -> Watched:
+    """A whole run, of which the data of one step are left out: because of their loss, or from the beginning."""
+    settings = {"checkpoint.run_dir": run_dir, "checkpoint.save_interval": 2, "training.train_steps": len(LONG) - 2}
+    settings |= {"faults.spike_action": "rollback", "faults.spike_window": 3, "logging.tensorboard": False}
+    settings |= {"logging.straggler_interval": 4, "optimizer.ema_decay": 0.5}
+    reader = SpikingReader if spikes else SkippingReader
+    with mock.patch("tests.distributed.layouts.run.PackReader", reader):
+        trainer = make_trainer({**options, **settings}, LONG)
+    with mock.patch("megabagel.training.stragglers.time_products", _one_is_slow):
+        trainer.run()
+    tensors = _tensors(trainer)
+    metrics = read_metrics(Path(run_dir)) if trainer.layout.is_last_stage_writer else []
+    places = []
+    trainer.spikes.load_state_dict({})
+    for before in (7, 6):
+        trainer.reader.load_state_dict(trainer._load(before).data_state)
+        places.append(trainer.reader.state_dict()["steps"])
+    assert trainer.resume()
+    return Watched(tensors, metrics, events.read(run_dir), trainer.spikes.values(), places)
+
+
+def repeatable(options: dict[str, Any]) -> list[Tensor]:
+    """All that a deterministic run through STEPS leaves behind."""
+    make_deterministic()
+    try:
+        trainer = make_trainer({**options, "training.deterministic": True, "optimizer.ema_decay": 0.5}, STEPS)
+        for _ in STEPS:
+            trainer.train_step()
+        return _tensors(trainer)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,1 @@
+"""What tools/replay_step.py is made of."""
