@@ -81,7 +81,7 @@ class Guarded:
 
     changed: list[bool]  # whether a step changed anything
     values: list[dict[str, float | None]]
-    events: list[dict]  # of the run so far
+    events: list[dict]  # about steps that were not finite
     files: list[str]
     counters: dict[str, float]
     gave_up: str | None = None
@@ -141,7 +141,8 @@ def give_up(options: dict[str, Any], run_dir: str) -> Guarded:
 def _report(trainer: Trainer, run_dir: str, changed: list[bool], values: list[dict]) -> Guarded:
     dist.barrier()
     files = sorted(str(p.relative_to(run_dir)) for p in Path(run_dir).glob("nonfinite/*/*"))
-    return Guarded(changed, values, events.read(run_dir), files, trainer.nonfinite.state_dict())
+    failed = [event for event in events.read(run_dir) if event["kind"] == "nonfinite"]
+    return Guarded(changed, values, failed, files, trainer.nonfinite.state_dict())
 
 
 def _one_is_slow(device: torch.device) -> float:
