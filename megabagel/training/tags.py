@@ -48,7 +48,8 @@ _OURS = {
     "rollbacks": "rollbacks",
 }
 _BAGEL_MEBIBYTES = {"mem_allocated": "memory_bytes", "mem_cache": "reserved_bytes"}
-_AS_THEY_ARE = ("data/", "straggler/", "validation/", "tokens/", "flops/")  # beginnings of names in the record that are tags
+# beginnings of names in the record that are tags
+_AS_THEY_ARE = ("data/", "straggler/", "validation/", "tokens/", "flops/")
 _WITH_TWINS = {"groups/": "groups/", "mse_t": "mse_t", "grad_norm/": "grad-norm/"}  # the same -> beginning of the tag
 
 

@@ -17,7 +17,7 @@ from megabagel.runtime.determinism import make_deterministic
 from megabagel.runtime.give_up import GiveUp
 from megabagel.runtime.overlap import whole_parameters
 from megabagel.training.loop import Trainer
-from megabagel.training.metrics import read_metrics
+from megabagel.training.metrics_file import read_metrics
 from tests.distributed.layouts.packs import PackReader
 from tests.distributed.layouts.run import make_trainer
 from tools import replay_step
