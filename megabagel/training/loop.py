@@ -279,6 +279,7 @@ class Trainer:
         The data go on where they are. The checkpoint is written again, so that a new start does the same. False, and
         nothing happens, when there is none. Every rank must call it.
         """
+        self.progress.mark(self.step, "going back")
         self.saver.wait()
         step, samples = self.step, self.samples
         state = self._load(before=step)
