@@ -47,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     if meeting.rank:
         if meeting.hear("go", 0, 2 * options.arrive):
             _measure(meeting, options.measure)
+        meeting.leave()
         return 0
     result = _lead(meeting, options.arrive, options.measure)
     result["seconds"] = round(time.perf_counter() - start, 2)
     _publish(result, settings, options.report)
+    meeting.leave()
     return 0
 
 

@@ -45,3 +45,10 @@ class Meeting:
             except dist.DistStoreError:
                 continue
         return said, [rank for rank in range(self.size) if rank not in said]
+
+    def leave(self, seconds: float = 5.0) -> None:
+        """Nothing is said or heard after this. The first rank, in whose process the store may be, leaves last."""
+        left, deadline = self.store.add("left", 1), time.monotonic() + seconds
+        while self.rank == 0 and left < self.size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            left = self.store.add("left", 0)
