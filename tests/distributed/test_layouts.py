@@ -14,7 +14,7 @@ from tests.distributed.layouts.compare import BF16, FP32, wrong_gradients, wrong
 from tests.distributed.layouts.packs import STEPS
 from tests.distributed.layouts.table import MODELS, TABLE, row
 
-LIMIT = 400.0  # seconds for one layout, many times what it takes, for a loaded machine too
+LIMIT = 150.0  # seconds for one layout, many times what it takes
 
 
 @pytest.fixture(scope="module")

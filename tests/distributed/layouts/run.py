@@ -61,7 +61,7 @@ def tiny_config(options: dict[str, Any]) -> Config:
         vae=AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4),
     )
     config.training.params_dtype = "fp32"
-    config.data.max_num_tokens = 384
+    config.data.max_num_tokens = 192
     config.optimizer.lr = 2e-3
     config.optimizer.lr_warmup_steps = 0
     config.optimizer.adam_eps = 1e-6  # below the gradients, above their rounding, which smaller ones would amplify
