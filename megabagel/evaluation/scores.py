@@ -57,7 +57,8 @@ def score_faults(task: Task, items: Sequence[Item], models: Models, where: str) 
         score = SCORES[name]
         of_kind = [item for item in items if item.kind in score.kinds]
         if not of_kind:
-            yield f"{where}: score {name} is about {' and '.join(score.kinds)}s, which {task.file} does not ask for."
+            about = " and ".join(f"{kind}s" for kind in score.kinds)
+            yield f"{where}: score {name} is about {about}, which {task.file} does not ask for."
         if score.format and task.format != score.format:
             yield f"{where}: score {name} needs format {score.format}, but the task's format is {task.format}."
         if score.model and getattr(models, score.model) is None:
