@@ -65,7 +65,7 @@ class Pass:
         ]
         self.routing = CachedRouting(**vars(routing), cached=cached)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, times: Tensor | None, latents: Tensor | None, features: Tensor | None) -> HiddenRows:
         """times float32 [G] and latents [G, d] of all latent tokens, features [Nv, ViT hidden] of all ViT tokens; None
         where there is none."""
@@ -149,7 +149,7 @@ class Network:
         step.run(torch.zeros(len(tokens), device=self.device), tokens, None)
         step.keep()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def features(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> Tensor:
         """What the vision tower makes of pictures, see `read_vit`: [all tokens, ViT hidden]."""
         tower, model = self.stage.vision, self.stage.model_config
@@ -158,7 +158,7 @@ class Network:
         rows = torch.cat(list(patches)).to(self.device, self.stage.config.params_dtype)
         return tower(rows, torch.cat(ids).to(self.device), [len(part) for part in ids])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def logits(self, rows: Tensor) -> Tensor:
         """Hidden rows [n, hidden] of the und stream -> scores of the next token, float32 [n, vocabulary]."""
         heads = self.stage.heads
@@ -166,7 +166,7 @@ class Network:
         weight = self.stage.shared_embedding_or_output_weight() if tied else heads.lm_head.weight
         return gather_from_tensor_model_parallel_region(rows @ weight.t(), group=heads.tp_group).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def velocity(self, rows: Tensor) -> Tensor:
         """Hidden rows [n, hidden] of the gen stream -> predicted noise - x0, float32 [n, d]."""
         return self.stage.heads.llm2vae(rows).float()

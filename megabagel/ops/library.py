@@ -42,11 +42,16 @@ LOADED = _load()
 
 def has_kernel(name: str, x: Tensor) -> bool:
     """Whether operator `name` is compiled for the device of `x`."""
-    name, key = f"megabagel::{name}", x.device.type.upper()
-    found = LOADED and torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    found = LOADED and _is_compiled(name, x.device.type)
     if LOADED and not found and x.is_cuda:
         _say_without_cuda()
     return found
+
+
+@functools.cache
+def _is_compiled(name: str, device: str) -> bool:
+    name = f"megabagel::{name}"
+    return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
 
 
 @functools.cache
