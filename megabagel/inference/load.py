@@ -87,11 +87,15 @@ def inference_config(
                 raise ConfigError(f"the {name} of {folder} was at {path}, which is not there; give --{name} FOLDER.")
     else:
         model = read_model_config(str(folder), ModelConfig())
+    split = tensor_parallel or world_size()
     config = Config(
         model=dataclasses.replace(model, freeze_llm=False, freeze_vit=False, freeze_und=False),
-        parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel or world_size()),
+        parallel=ParallelConfig(tensor_model_parallel_size=split),
         data=DataConfig(tokenizer=tokenizer),
-        training=TrainingConfig(params_dtype=dtype or ("bf16" if torch.cuda.is_available() else "fp32")),
+        training=TrainingConfig(
+            global_batch_size=max(1, world_size() // split),  # nothing is trained, but every copy would get its share
+            params_dtype=dtype or ("bf16" if torch.cuda.is_available() else "fp32"),
+        ),
         # Transformer Engine's linears want rows, also for a stream that is empty
         kernels=KernelConfig(transformer_impl="local"),
         checkpoint=CheckpointConfig(init_from=str(folder), load_ema=load_ema, init_vae=autoencoder),
