@@ -143,6 +143,8 @@ def serve(
     server = uvicorn.Server(config)
     listener = listen(options.host, options.port)
     print(f"{service.name} is served at http://{options.host}:{listener.getsockname()[1]} (stop: Ctrl-C)", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends well on them, and then raises them again
+        signal.signal(number, signal.SIG_IGN)
     server.run([listener])
     if service.worker.failure is not None:
         raise service.worker.failure

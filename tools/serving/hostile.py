@@ -134,11 +134,15 @@ def _oversized(draw: random.Random) -> Sent:
 
 
 def _long_prompt(draw: random.Random) -> Sent:
-    word = draw.choice(["a", "\u202e", "word ", "<|im_end|>", "\n", "\U0001f600", "\0"])
-    text = word * (draw.randrange(LIMITS.max_prompt_tokens * 9, LIMITS.max_body_bytes // 13) // len(word) + 1)
-    if draw.random() < 0.5:
-        text = "".join(draw.choices("abcdefg \n", k=LIMITS.max_prompt_tokens * 9))
-    text = text if word in ("<|im_end|>", "\0", "\U0001f600") else "x 1 " * LIMITS.max_prompt_tokens
+    most = LIMITS.max_prompt_tokens
+    text = draw.choice(
+        [
+            "<|im_end|>" * draw.randrange(most, 5 * most),  # framed, so two tokens more
+            "x 1 " * draw.randrange(most, 20 * most),
+            "\U0001f600 \u202e" * draw.randrange(most, 5 * most),
+            "a" * (most * 128 + draw.randrange(1, 1000)),
+        ]
+    )
     message = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
     return _json(*draw.choice([(CHAT, message), (DRAW, {"prompt": text, "size": "16x16", "num_timesteps": 2})]))
 
