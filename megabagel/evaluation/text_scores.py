@@ -61,7 +61,10 @@ def wordnet(folder: str):
 
 
 def meteor(answer: str, references: Sequence[str], reader) -> float:
-    """NLTK's METEOR over `words`, 0 .. 1; `reader`: see `wordnet`."""
+    """NLTK's METEOR over `words`, 0 .. 1; `reader`: see `wordnet`.
+
+    NLTK looks for synonyms among stems, so that few are found; the Java program METEOR 1.5 gives other numbers.
+    """
     score = library("nltk.translate.meteor_score").meteor_score
     return score([words(reference) for reference in references], words(answer), wordnet=reader)
 
