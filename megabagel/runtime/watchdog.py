@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,9 +43,8 @@ def watching(run_dir: str | Path, seconds: float | None, progress: Progress) -> 
         yield
         return
     watchdog = Watchdog(Path(run_dir), seconds, progress, failure.shared_store("hang"))
-    watchdog.tell()
-    thread = threading.Thread(target=watchdog.run, name="hang-watch", daemon=True)
-    thread.start()
+    for work, name in ((watchdog.run, "hang-watch"), (watchdog.talk, "hang-talk")):
+        threading.Thread(target=work, name=name, daemon=True).start()
     try:
         yield
     finally:
@@ -54,7 +53,11 @@ def watching(run_dir: str | Path, seconds: float | None, progress: Progress) -> 
 
 
 class Watchdog:
-    """The watch of one rank. `store`: of all ranks, None when it is alone."""
+    """The watch of one rank. `store`: of all ranks, None when it is alone.
+
+    Whoever holds the store may be the one that is stopped, and then no call comes back: talking to it and watching are
+    threads of their own.
+    """
 
     def __init__(self, run_dir: Path, seconds: float, progress: Progress, store: dist.Store | None) -> None:
         self.done = threading.Event()
@@ -63,6 +66,9 @@ class Watchdog:
         self._rank, self._world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._first_step: int | None = None
         self._excused = time.monotonic()  # before this moment nothing is held against this rank
+        self._called = threading.Event()  # another rank has found a hang
+        self._holder: dict | None = None  # who holds the store, if it is rank 0
+        self._tell()
 
     def run(self) -> None:
         """Look until `done`, or until there is a hang."""
@@ -75,11 +81,19 @@ class Watchdog:
             limit = self._limit(mark)
             # in case that this thread cannot run either, as when native code keeps Python's lock
             faulthandler.dump_traceback_later(PATIENCE * self._seconds + _MARGIN_SECONDS, exit=True)
+            is_hung = now - max(mark.since, self._excused) > limit
+            if (is_hung or self._called.is_set()) and not self.done.is_set():
+                self._end(mark, limit)
+
+    def talk(self) -> None:
+        """Tell the others how far this rank is, and hear whether one has found a hang, until `done`."""
+        while self._store and not self.done.wait(self._tick):
             try:
-                self.tell()
-                is_hung = now - max(mark.since, self._excused) > limit
-                if not self.done.is_set() and (is_hung or (self._store and self._store.check(["claimed"]))):
-                    self._end(mark, limit)
+                self._tell()
+                if self._holder is None and self._store.check(["beat/0"]):
+                    self._holder = json.loads(self._store.get("beat/0"))
+                if self._store.check(["claimed"]):
+                    self._called.set()
             except dist.DistError:  # whoever held the store has gone; the failure watch ends this process
                 return
 
@@ -90,33 +104,52 @@ class Watchdog:
             self._first_step = mark.step
         return self._seconds * (PATIENCE if mark.step == self._first_step else 1)
 
-    def tell(self) -> None:
-        """Let the others know who and where this rank is."""
+    def _tell(self) -> None:
         if self._store:
             me = {"host": socket.gethostname(), "pid": os.getpid(), "launcher": os.getppid()}
-            beat = me | self._progress.now._asdict()
-            self._store.set(f"beat/{self._rank}", json.dumps(beat))
+            self._store.set(f"beat/{self._rank}", json.dumps(me | self._progress.now._asdict()))
 
     def _end(self, mark: Mark, limit: float) -> None:
-        """Write the stacks; the first rank to come here finds the lagging ones and speaks."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(FOLDER) / f"step_{mark.step + 1:07d}-{stamp}"
+        """Write the stacks, together with the others if the store answers, and leave."""
         if self._store is None:
+            folder = _folder(mark)
             self._dump(folder)
-            beats, silent = {}, []
-        elif self._store.add("claimed", 1) == 1:
-            self._store.set("folder", str(folder))
-            self._dump(folder)
-            beats, silent = self._answers()
-            self._store.set("silent", json.dumps(silent))
-        else:
-            folder = Path(self._store.get("folder").decode())
-            self._dump(folder)
+            self._speak(mark, limit, folder, {}, [])
+        together = threading.Thread(target=self._end_together, args=(mark, limit), daemon=True)
+        together.start()
+        together.join(2 * (2 * self._tick + _ANSWER_SECONDS))
+        if together.is_alive():
+            self._end_without_store(mark, limit)
+        time.sleep(failure.HEARD_SECONDS + failure.LEAVE_SECONDS + _ANSWER_SECONDS)  # until another one has spoken
+        failure.leave(exit_codes.FAILED)
+
+    def _end_together(self, mark: Mark, limit: float) -> None:
+        """The first rank to come here finds the lagging ones and speaks; the others wait for it."""
+        with contextlib.suppress(dist.DistError):
+            if self._store.add("claimed", 1) == 1:
+                folder = _folder(mark)
+                self._store.set("folder", str(folder))
+                self._dump(folder)
+                beats, silent = self._answers()
+                self._store.set("silent", json.dumps(silent))
+                self._speak(mark, limit, folder, beats, silent)
+            self._dump(Path(self._store.get("folder").decode()))
             self._store.set(f"dumped/{self._rank}", "")
-            silent = json.loads(self._store.get("silent"))
-            self._kill(self._beats(silent))
-            time.sleep(failure.HEARD_SECONDS + failure.LEAVE_SECONDS + _ANSWER_SECONDS)
-            failure.leave(exit_codes.FAILED)
+            self._kill(self._beats(json.loads(self._store.get("silent"))))
+
+    def _end_without_store(self, mark: Mark, limit: float) -> None:
+        """The rank that holds the store is stopped or out of reach: each machine's first other rank says so."""
+        folder = _folder(mark)
+        self._dump(folder)
+        beats = {0: self._holder} if self._holder else {}
+        self._kill(beats)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or (self._is_beside(beats) and os.environ["LOCAL_RANK"] == "1"):
+            self._speak(mark, limit, folder, beats, [0], has_store=False)
+
+    def _speak(
+        self, mark: Mark, limit: float, folder: Path, beats: dict[int, dict], silent: list[int], has_store: bool = True
+    ) -> None:
+        """Say and record who lags, end silent ranks beside this one, and leave."""
         lagging = _lagging(beats, silent)
         text = f"no step was finished for {limit:g} s (faults.hang_seconds): {_who(beats, silent, lagging, mark)}"
         file = str(folder)
@@ -126,7 +159,8 @@ class Watchdog:
             )
         self._kill({rank: beats[rank] for rank in silent if rank in beats})
         sentence = f"{text}; what all threads were doing is in {self._run_dir / folder}"
-        failure.end(sentence, failure.shared_store("failure"), run_dir=self._run_dir)
+        store = failure.shared_store("failure") if has_store else None
+        failure.end(sentence, store, run_dir=self._run_dir)
 
     def _dump(self, folder: Path) -> None:
         with contextlib.suppress(OSError):  # leaving comes first
@@ -143,17 +177,26 @@ class Watchdog:
             waiting = {rank for rank in waiting if not self._store.check([f"dumped/{rank}"])}
         return self._beats(range(self._world_size)), sorted(waiting)
 
-    def _beats(self, ranks: Iterator[int] | list[int] | range) -> dict[int, dict]:
+    def _beats(self, ranks: Iterable[int]) -> dict[int, dict]:
         keys = {rank: f"beat/{rank}" for rank in ranks}
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
     def _kill(self, silent: dict[int, dict]) -> None:
         """End silent ranks beside this one: a stopped process would keep the launcher waiting."""
         for rank, beat in silent.items():
-            beside = (beat["host"], beat["launcher"]) == (socket.gethostname(), os.getppid())
-            if rank != self._rank and beside:
+            if rank != self._rank and self._is_beside({rank: beat}):
                 with contextlib.suppress(OSError):
                     os.kill(beat["pid"], signal.SIGKILL)
+
+    def _is_beside(self, beats: dict[int, dict]) -> bool:
+        """Whether these are workers of this rank's own launcher."""
+        here = socket.gethostname(), os.getppid()
+        return bool(beats) and all((beat["host"], beat["launcher"]) == here for beat in beats.values())
+
+
+def _folder(mark: Mark) -> Path:
+    """Of a hang, in the run folder."""
+    return Path(FOLDER) / f"step_{mark.step + 1:07d}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _lagging(beats: dict[int, dict], silent: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -109,6 +110,36 @@ def test_a_stopped_rank_is_named_and_ended_by_the_others(tmp_path, together):
     (hang,) = [e for e in events.read(tmp_path) if e["kind"] == "hang"]
     assert hang["ranks"] == [1] and "out of reach is rank 1 on" in hang["message"]
     assert {file.name for file in (tmp_path / hang["file"]).iterdir()} == {"rank_00000.txt", "rank_00002.txt"}
+
+
+def test_a_stopped_rank_that_holds_the_store_is_named_and_ended_too(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {
+        "TORCHELASTIC_RUN_ID": "run",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_ERROR_FILE": os.devnull,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }
+
+    def life(rank: int) -> None:
+        progress = Progress()
+        os.environ["LOCAL_RANK"] = str(rank)
+        with failure.guard(), watchdog.watching(tmp_path, 1.0, progress):
+            progress.mark(1, "reading data")
+            time.sleep(2)
+            if rank == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(PATIENCE)
+
+    assert ends([be_rank(rank, life, variables) for rank in range(2)]) == [-signal.SIGKILL, exit_codes.FAILED]
+    (hang,) = [e for e in events.read(tmp_path) if e["kind"] == "hang"]
+    assert hang["ranks"] == [0] and "out of reach is rank 0 on" in hang["message"]
+    assert [file.name for file in (tmp_path / hang["file"]).iterdir()] == ["rank_00001.txt"]
 
 
 def test_the_rank_that_is_behind_is_named(tmp_path, together):
