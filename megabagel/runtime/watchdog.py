@@ -67,7 +67,7 @@ class Watchdog:
         self._first_step: int | None = None
         self._excused = time.monotonic()  # before this moment nothing is held against this rank
         self._called = threading.Event()  # another rank has found a hang
-        self._holder: dict | None = None  # who holds the store, if it is rank 0
+        self._holder: dict | None = None  # the last word of rank 0, who may hold the store
         self._tell()
 
     def run(self) -> None:
@@ -90,7 +90,7 @@ class Watchdog:
         while self._store and not self.done.wait(self._tick):
             try:
                 self._tell()
-                if self._holder is None and self._store.check(["beat/0"]):
+                if self._store.check(["beat/0"]):
                     self._holder = json.loads(self._store.get("beat/0"))
                 if self._store.check(["claimed"]):
                     self._called.set()
