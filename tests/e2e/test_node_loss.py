@@ -32,4 +32,5 @@ def test_a_lost_node_leaves_fewer_replicas_that_go_on_with_the_same_data(tmp_pat
     for ours, theirs in zip(*lines, strict=True):
         assert ours["tokens"] == theirs["tokens"] and ours["samples_seen"] == theirs["samples_seen"]
         for key in ("ce", "mse"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (key, ours["step"])
+            expected = theirs[key] and pytest.approx(theirs[key], rel=1e-3)  # None where no token carries that loss
+            assert ours[key] == expected, (key, ours["step"])
