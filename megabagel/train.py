@@ -45,8 +45,7 @@ def _train(config: Config, layout: Layout, signals: StopSignals) -> None:
     with watchdog.watching(run_dir, faults.hang_seconds, progress), own(run_dir, layout.rank):
         if layout.rank == 0:
             attempts.launch(run_dir, faults.max_restarts_without_progress)
-        trainer = build_trainer(config, layout, Stop(faults, signals, layout.device))
-        trainer.progress = progress
+        trainer = build_trainer(config, layout, Stop(faults, signals, layout.device), progress)
         if layout.rank == 0:
             sizes = {name: size for name, size in dataclasses.asdict(config.parallel).items() if "_size" in name}
             attempts.started(run_dir, trainer.step, world_size=layout.world_size, dp_size=layout.dp_size, layout=sizes)

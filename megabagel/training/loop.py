@@ -1,41 +1,28 @@
 """The training loop of one rank: read, encode, step, average, watch, validate, save.
 
-It only calls the pieces in order; `setup.py` puts them together and none of them knows of the loop.
+It only calls the pieces in order; `setup.py` puts them together and none of them knows of the loop. What is saved and
+how a run continues: `run_state.py`.
 """
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron.core.optimizer import MegatronOptimizer
-from torch import nn
-
-from megabagel.checkpoint import distributed as checkpoint
-from megabagel.checkpoint import folder
-from megabagel.checkpoint.local import LocalStore
-from megabagel.checkpoint.retention import Keep
-from megabagel.checkpoint.saver import Saver
 from megabagel.config.load import to_yaml
-from megabagel.config.schema import Config
-from megabagel.data.broadcast import ReplicaReader
 from megabagel.data.faults import log_values
 from megabagel.data.pack import BLANK
 from megabagel.data.steps import EndOfData
-from megabagel.runtime.distributed import Layout
-from megabagel.runtime.progress import Progress
 from megabagel.training import histograms
-from megabagel.training.best import Best
-from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
 from megabagel.training.expert_losses import take_expert_losses
 from megabagel.training.metrics import MetricsWriter
-from megabagel.training.nonfinite import NonfiniteSteps, finite_or_none
+from megabagel.training.nonfinite import finite_or_none
 from megabagel.training.optimizer import set_learning_rate, update
+from megabagel.training.run_state import RunState
 from megabagel.training.samples import Sample, Sampling
 from megabagel.training.schedule import lr_at
-from megabagel.training.spikes import Spikes
 from megabagel.training.step import count, forward_backward
 from megabagel.training.step_content import content_of
 from megabagel.training.step_values import at_hand, gathered, not_gathered
@@ -52,34 +39,19 @@ class End(NamedTuple):
     saved: bool
 
 
-@dataclass
-class Trainer:
-    """What one rank needs to train. `stages` are wrapped in megatron-core's DistributedDataParallel."""
+@dataclass(kw_only=True)
+class Trainer(RunState):
+    """What one rank needs to train."""
 
-    config: Config
-    layout: Layout
-    stages: list[nn.Module]
-    optimizer: MegatronOptimizer
-    ema: ShardedEma | None
-    reader: ReplicaReader
     encoder: Encoder
     rows: int  # padded rows of every pack: the length that travels between pipeline stages
     validation: Validation | None = None
     sampling: Sampling | None = None
-    local: LocalStore | None = None  # of this rank's fast checkpoints
     stop: Stop | None = None  # who may ask for an early end; None: nobody
-    progress: Progress = field(default_factory=Progress)
-    step: int = 0
-    samples: int = 0
-    measured: dict[str, float | None] = field(default_factory=dict)  # by the validation after the last step, if any
 
     def __post_init__(self) -> None:
-        self.best = Best(self.config.checkpoint.best_metric, self.config.validation.patience)
-        run_dir, faults = self.config.checkpoint.run_dir, self.config.faults
-        self.nonfinite = NonfiniteSteps(run_dir, faults.nonfinite_patience, self.layout)
-        self.spikes = Spikes(run_dir, faults, self.layout)
-        self.stragglers = Stragglers(self.stages, self.layout, run_dir, self.config.logging)
-        self.saver = Saver(self.config.checkpoint.async_save, Keep.of(self.config.checkpoint))
+        super().__post_init__()
+        self.stragglers = Stragglers(self.stages, self.layout, self.config.checkpoint.run_dir, self.config.logging)
 
     def run(self) -> End:
         """Train up to `training.train_steps`, to the end of the data or until asked to stop; then save."""
@@ -90,22 +62,14 @@ class Trainer:
                 Path(config.checkpoint.run_dir), config, start_step=self.step, train_steps=config.training.train_steps
             )
         try:
-            reason, saved, longest = "done", self.step, 0.0
+            reason, saved, longest = None, self.step, 0.0
             while self.step < config.training.train_steps:
-                if self.best.is_exhausted:
-                    self._say(f"training ends after step {self.step}: {self.best.sentence()}")
-                    reason = "early_stop"
-                    break
-                if self.stop and (asked := self.stop.agreed(longest + self.saver.longest)):
-                    is_kept = config.checkpoint.save_interval > 0
-                    kept = "its state is saved" if is_kept else "nothing is saved, as checkpoint.save_interval is 0"
-                    self._say(f"training stops after step {self.step}: {asked.text}; {kept}")
-                    reason = asked.kind
+                if reason := self._reason_to_end(longest):
                     break
                 try:
                     values = self.train_step()
                 except EndOfData as end:
-                    self._say(f"the data end after step {self.step}: {end}")
+                    self.say(f"the data end after step {self.step}: {end}")
                     reason = "data_end"
                     break
                 longest = max(longest, values["step_time"])
@@ -121,10 +85,10 @@ class Trainer:
                     continue
                 self.validate()
                 samples, sizes = self.make_samples(), self.measure_sizes()
-                if self._save_is_due():
+                if self.save_is_due():
                     self.start_save()
                     saved = self.step
-                elif self._local_save_is_due():
+                elif self.local_save_is_due():
                     self.start_local_save()
                 if self.step == config.training.train_steps:
                     self.progress.mark(self.step, "saving")
@@ -144,7 +108,19 @@ class Trainer:
         finally:
             if writer:
                 writer.close()
-        return End(reason, saved == self.step)
+        return End(reason or "done", saved == self.step)
+
+    def _reason_to_end(self, longest: float) -> str | None:
+        """Why no step should follow; None: one should. `longest`: seconds of the longest step so far."""
+        if self.best.is_exhausted:
+            self.say(f"training ends after step {self.step}: {self.best.sentence()}")
+            return "early_stop"
+        if self.stop and (asked := self.stop.agreed(longest + self.saver.longest)):
+            is_kept = self.config.checkpoint.save_interval > 0
+            kept = "its state is saved" if is_kept else "nothing is saved, as checkpoint.save_interval is 0"
+            self.say(f"training stops after step {self.step}: {asked.text}; {kept}")
+            return asked.kind
+        return None
 
     def train_step(self) -> dict[str, float | None]:
         """One update; the values that the log shows (losses are None except on the last stage). Raises EndOfData."""
@@ -222,92 +198,3 @@ class Trainer:
         if not interval or self.step % interval:
             return {}
         return histograms.measure(self.optimizer, self.config.model.layer_variant)
-
-    def _save_is_due(self) -> bool:
-        interval = self.config.checkpoint.save_interval
-        return interval > 0 and (self.step % interval == 0 or self.step == self.config.training.train_steps)
-
-    def _local_save_is_due(self) -> bool:
-        return self.local is not None and self.step % self.config.checkpoint.local_save_interval == 0
-
-    def save(self) -> None:
-        """Write the whole state of the run; it is on disk when this returns. Every rank must call it."""
-        self.start_save()
-        self.saver.wait()
-
-    def start_save(self) -> None:
-        """As `save`, but with `checkpoint.async_save` only the copying is waited for, see `Saver`."""
-        self.progress.mark(self.step, "saving")
-        metrics = {name: value for name, value in self.measured.items() if value is not None}
-        checkpoint.save(self.config.checkpoint.run_dir, **self._state(), metrics=metrics)
-
-    def start_local_save(self) -> None:
-        """As `start_save`, but each rank writes what it holds itself to a disk of its own."""
-        self.progress.mark(self.step, "saving")
-        checkpoint.save_locally(self.local, **self._state())
-
-    def _state(self) -> dict:
-        """What is saved; every rank must call it."""
-        return {
-            "step": self.step,
-            "model_chunks": self.stages,
-            "optimizer": self.optimizer,
-            "ema": self.ema,
-            "data_state": self.reader.state_dict(),
-            "counters": {"samples": self.samples, **self.best.state_dict(), **self.nonfinite.state_dict()},
-            "config_yaml": to_yaml(self.config),
-            "watched": self.spikes.state_dict(),
-            "saver": self.saver,
-        }
-
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint of the run folder; False when there is none."""
-        state = self._load()
-        if state is None:
-            return False
-        self.step, self.samples = state.step, state.counters["samples"]
-        self.best.load_state_dict(state.counters)
-        self.nonfinite.load_state_dict(state.counters)
-        self.spikes.load_state_dict(state.watched)
-        self.reader.load_state_dict(state.data_state)
-        self._say(f"continuing after step {self.step} from {state.folder}")
-        return True
-
-    def roll_back(self) -> bool:
-        """Go back to the last checkpoint before this step, or to the one before that when that has not helped.
-
-        The data go on where they are. The checkpoint is written again, so that a new start does the same. False, and
-        nothing happens, when there is none. Every rank must call it.
-        """
-        self.progress.mark(self.step, "going back")
-        self.saver.wait()
-        step, samples = self.step, self.samples
-        state = self._load(before=step)
-        if state is not None and state.step == self.spikes.rolled_back_to:
-            state = self._load(before=state.step) or state
-        if state is None:
-            self._say(f"there is no checkpoint before step {step}: the run goes on")
-            return False
-        self.step, self.samples = state.step, state.counters["samples"]
-        self.best.load_state_dict(state.counters)
-        self.spikes.load_windows(state.watched)
-        self.spikes.went_back(step, self.step, samples - self.samples)
-        self._say(
-            f"going back to the weights after step {self.step} from {state.folder}; the {samples - self.samples} "
-            "samples since then are left out"
-        )
-        self.measured = folder.metrics_of(state.folder)
-        self.start_save()
-        if self.local:  # those ahead belong to what is left behind
-            self.start_local_save()
-        return True
-
-    def _load(self, before: int | None = None) -> checkpoint.RunState | None:
-        wanted = self.config.checkpoint
-        return checkpoint.load(
-            wanted.run_dir, self.stages, self.optimizer, self.ema, verify=wanted.verify, local=self.local, before=before
-        )
-
-    def _say(self, message: str) -> None:
-        if self.layout.rank == 0:
-            print(message, flush=True)

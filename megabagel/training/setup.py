@@ -18,6 +18,7 @@ from megabagel.models.build import DTYPES, build_stages
 from megabagel.models.vision import is_frozen
 from megabagel.packing.planner import fixed_length
 from megabagel.runtime.distributed import Layout
+from megabagel.runtime.progress import Progress
 from megabagel.training import held_out
 from megabagel.training.ema import ShardedEma
 from megabagel.training.encode import Encoder
@@ -40,8 +41,11 @@ def _fill(stages: list[Bagel], config: Config) -> None:
     source.close()
 
 
-def build_trainer(config: Config, layout: Layout, stop: Stop | None = None) -> Trainer:
-    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0. `stop` may end it early.
+def build_trainer(
+    config: Config, layout: Layout, stop: Stop | None = None, progress: Progress | None = None
+) -> Trainer:
+    """A trainer ready to run, at the step of the run folder's newest checkpoint or at step 0. `stop` may end it early;
+    `progress` is told how far it is.
 
     Initial weights are read in the second case only, and only when parameters are where they will stay. Raises
     CheckpointError, DataError, AutoencoderError and ConfigError.
@@ -72,7 +76,21 @@ def build_trainer(config: Config, layout: Layout, stop: Stop | None = None) -> T
         held_out_encoder = Encoder(held_out.held_out_config(config, layout.dp_size), layout, autoencoder, vision)
         validation = Validation(config, layout, stages, ema, held_out_reader, held_out_encoder, rows)
     sampling = Sampling(config, layout, stages, ema, autoencoder) if config.samples.interval > 0 else None
-    trainer = Trainer(config, layout, stages, optimizer, ema, reader, encoder, rows, validation, sampling, local, stop)
+    trainer = Trainer(
+        config=config,
+        layout=layout,
+        stages=stages,
+        optimizer=optimizer,
+        ema=ema,
+        reader=reader,
+        encoder=encoder,
+        rows=rows,
+        validation=validation,
+        sampling=sampling,
+        local=local,
+        stop=stop,
+        progress=progress or Progress(),
+    )
     if resumes and not trainer.resume():
         raise CheckpointError(
             f"no checkpoint of {run_dir} in {local_dir} can be read; delete that folder to start over"
