@@ -23,18 +23,17 @@ def main(argv: list[str] | None = None) -> None:
     with stop_signals.watched() as signals, failure.guard(*_EXPECTED, hopeless=(ConfigError, GiveUp)) as guarded:
         config = load_config(argv)
         check_config(config, distributed.world_size())
-        guarded.run_dir = config.checkpoint.run_dir
         if config.training.deterministic:
             make_deterministic()
         timeout = watchdog.group_timeout(config.faults.hang_seconds)
         layout = distributed.initialize(config.parallel, config.training.seed, timeout)
         if layout.rank == 0:
             print(to_yaml(config), flush=True)
-        _train(config, layout, signals)
+        _train(config, layout, signals, guarded)
         distributed.destroy()
 
 
-def _train(config: Config, layout: Layout, signals: StopSignals) -> None:
+def _train(config: Config, layout: Layout, signals: StopSignals, guarded: failure.Guarded) -> None:
     """Build and train; rank 0 records the attempt."""
     from megabagel.checkpoint.lock import own  # after the device is chosen
     from megabagel.training import attempts
@@ -43,6 +42,7 @@ def _train(config: Config, layout: Layout, signals: StopSignals) -> None:
 
     run_dir, faults, progress = config.checkpoint.run_dir, config.faults, Progress()
     with watchdog.watching(run_dir, faults.hang_seconds, progress), own(run_dir, layout.rank):
+        guarded.run_dir = run_dir  # not before it is ours
         if layout.rank == 0:
             attempts.launch(run_dir, faults.max_restarts_without_progress)
         trainer = build_trainer(config, layout, Stop(faults, signals, layout.device), progress)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megabagel.checkpoint import folder, lock
+from megabagel.runtime.events import EVENTS_FILE
 from tests.distributed import forked, save_faults
 from tests.distributed.layouts.pool import Pool, RanksFailedError
 from tests.tiny_data import training_options, write_data
@@ -72,7 +73,7 @@ def test_a_write_that_fails_on_one_rank_stops_all_with_one_sentence(pair, tmp_pa
     for found in ranks:
         assert "the checkpoint after step 2 could not be written by rank 1 (File too large" in found["said"]
         assert found["start"] == "nothing"
-        assert found["left"] == ["iter_0000001", folder.LATEST]
+        assert found["left"] == [EVENTS_FILE, "iter_0000001", folder.LATEST]
         assert (found["resumed"], found["then"]) == (1, 3)
 
 
@@ -84,7 +85,7 @@ def test_a_full_disk_stops_the_save_before_or_in_its_middle(pair, small_disk, ho
     for found in ranks:
         assert "checkpoint after step 2" in found["said"] and said in found["said"]
         assert (said in found["start"]) == (how == "full before")
-        assert found["left"] == ["iter_0000001", folder.LATEST]
+        assert found["left"] == [EVENTS_FILE, "iter_0000001", folder.LATEST]
         assert (found["resumed"], found["then"]) == (1, 3)
 
 

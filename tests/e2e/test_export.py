@@ -114,7 +114,7 @@ def test_an_interrupted_export_goes_on(run_dir, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     journal = out / "unfinished.json"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while process.poll() is None and not (journal.is_file() and len(journal.read_text().splitlines()) > 20):
         assert time.monotonic() < deadline
     os.killpg(process.pid, signal.SIGKILL)
