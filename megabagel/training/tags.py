@@ -50,7 +50,7 @@ _OURS = {
 _BAGEL_MEBIBYTES = {"mem_allocated": "memory_bytes", "mem_cache": "reserved_bytes"}
 # beginnings of names in the record that are tags
 _AS_THEY_ARE = ("data/", "straggler/", "validation/", "tokens/", "flops/")
-_WITH_TWINS = {"groups/": "groups/", "mse_t": "mse_t", "grad_norm/": "grad-norm/"}  # the same -> beginning of the tag
+_WITH_TWINS = {"groups/": "groups/", "mse_t0.": "mse_t0.", "grad_norm/": "grad-norm/"}  # the same -> start of the tag
 
 
 def scalars(record: Mapping[str, float | None]) -> dict[str, float]:

@@ -21,6 +21,7 @@ RECORD = {
     "grad_norm/und": 1.5,
     "groups/t2i/mse": 0.25,
     "mse_t0.0-0.1": 0.5,
+    "mse_tokens": 64,
     "tokens/text": 7,
     "flops/vae": 1e9,
     "padding_share": 0.125,

@@ -132,6 +132,7 @@ def _charts(account: Account) -> list[dict]:
         wanted = [name for name in names if name.startswith(start) and name.endswith(end)]
         return {name[len(start) : len(name) - len(end)]: points_of(steps, name) for name in wanted}
 
+    flow_times = {name.removeprefix("mse_t"): points_of(steps, name) for name in names if name.startswith("mse_t0.")}
     held_out = {"training": "", "held out": "validation/", "held out, average": "validation/ema/"}
     dots = ("held out", "held out, average")
     wanted = [
@@ -147,7 +148,7 @@ def _charts(account: Account) -> list[dict]:
         ),
         ("Cross entropy by task", "nats per token", parts("groups/", "/ce")),
         ("Flow error by task", "mean square", parts("groups/", "/mse")),
-        ("Flow error by time", "mean square; 0: picture, 1: noise", parts("mse_t")),
+        ("Flow error by time", "mean square; 0: picture, 1: noise", flow_times),
         ("Throughput", "tokens per second", {"tokens/s": points_of(steps, "tokens_per_sec")}),
         (
             "Time of a step",
