@@ -23,6 +23,7 @@ from megabagel.evaluation.run import model_faults, read_tasks, run
 from megabagel.evaluation.settings import Models, read_settings
 from megabagel.evaluation.share import Share
 from megabagel.inference import load
+from megabagel.inference.options import add_model_options, model_settings
 from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed, failure
 
@@ -35,10 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="BAGEL folder, run folder or iter_... folder")
     add("--config", required=True, help="YAML file of tasks; see examples/evaluation")
     add("--out", required=True, help="folder of results.json, results.md, contact sheets, answers and pictures")
-    add("--weights", choices=("ema", "model"), default="ema", help="moving average or live weights")
-    add("--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
-    add("--tokenizer", help="folder; default: that of the model")
-    add("--autoencoder", help="folder or file; default: that of the model")
+    add_model_options(result)
     add("--tensor-parallel", type=int, default=1, help="processes that share one copy of the model (1)")
     for one in fields(Models):
         add(f"--{one.name}", metavar="PATH", help=f"in place of models.{one.name} of the settings")
@@ -50,14 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     with failure.guard(ConfigError, DataError, DataFault, CheckpointError, AutoencoderError):
         settings = read_settings(options.config, {one.name: getattr(options, one.name) for one in fields(Models)})
         items = read_tasks(settings)
-        bagel = load(
-            options.model,
-            load_ema=options.weights == "ema",
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            autoencoder=options.autoencoder,
-            tensor_parallel=options.tensor_parallel,
-        )
+        bagel = load(options.model, tensor_parallel=options.tensor_parallel, **model_settings(options))
         model_faults(bagel, items, settings)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         share = Share(replica, replicas, parallel_state.get_tensor_model_parallel_rank() == 0)

@@ -19,7 +19,7 @@ from megabagel.config.errors import ConfigError
 from megabagel.data.faults import DataError, DataFault
 from megabagel.data.images import decode
 from megabagel.inference import FlowSettings, Generator, TextSettings, load
-from megabagel.inference.options import flow_settings, parser, text_settings
+from megabagel.inference.options import flow_settings, model_settings, parser, text_settings
 from megabagel.inference.png import save_png
 from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed, failure
@@ -34,13 +34,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError("--turns makes pictures: say with --out where they go.")
         text, flow = text_settings(options), flow_settings(options)
         shown = [decode(path) for path in options.image]
-        bagel = load(
-            options.model,
-            load_ema=options.weights == "ema",
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            autoencoder=options.autoencoder,
-        )
+        bagel = load(options.model, **model_settings(options))
         samples = respond(bagel, [*shown, options.prompt], text, flow, options)
         if dist.get_rank() == 0:
             write(samples, options)

@@ -27,7 +27,13 @@ from megabagel.checkpoint.errors import CheckpointError  # noqa: E402
 from megabagel.config.errors import ConfigError  # noqa: E402
 from megabagel.data.faults import DataError  # noqa: E402
 from megabagel.inference import Generator, load  # noqa: E402
-from megabagel.inference.options import Help, add_flow_options, add_model_options, flow_settings  # noqa: E402
+from megabagel.inference.options import (  # noqa: E402
+    Help,
+    add_flow_options,
+    add_model_options,
+    flow_settings,
+    model_settings,
+)
 from megabagel.models.autoencoder import AutoencoderError  # noqa: E402
 from megabagel.runtime import distributed, failure  # noqa: E402
 from megabagel.serving.limits import Limits  # noqa: E402
@@ -66,13 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
         key, hosts = read_key(options), allowed_hosts(options)
         flow_settings(options)
-        bagel = load(
-            options.model,
-            load_ema=options.weights == "ema",
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            autoencoder=options.autoencoder,
-        )
+        bagel = load(options.model, **model_settings(options))
         if dist.get_rank() == 0:
             serve(bagel, limits, key, hosts, options)
         else:

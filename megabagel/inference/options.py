@@ -51,6 +51,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--autoencoder", help="folder or file; default: that of the model")
 
 
+def model_settings(options: argparse.Namespace) -> dict[str, str | bool | None]:
+    """What `load` takes beside the folder, from the options of `add_model_options`."""
+    return {
+        "load_ema": options.weights == "ema",
+        "dtype": options.dtype,
+        "tokenizer": options.tokenizer,
+        "autoencoder": options.autoencoder,
+    }
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults shown, the examples' line breaks kept."""
 
