@@ -22,11 +22,10 @@ from tools.demo.emojis import choose_t2i, list_emojis
 from tools.demo.formats import data_config, with_latents, write_data_yaml, write_json
 from tools.demo.latents import autoencoder_digest, store_latents
 from tools.demo.packages import ATTRIBUTION, PACKAGES, fetch_packages, package_folder
-from tools.demo.questions import write_vlm
+from tools.demo.questions import by_what_they_teach, one_by_one, write_vlm
 
-FORMAT = 4  # raise it when the same options give other files
+FORMAT = 5  # raise it when the same options give other files
 T2I_COUNT = 256
-QUESTIONS_PER_SAMPLE = 3
 MANIFEST = "manifest.json"
 EXAMPLE = """example (under two minutes on two cores, 30 s of it downloads; a second run returns at once):
   python tools/prepare_demo.py --out data/demo
@@ -84,9 +83,9 @@ def fill(folder: Path, options: Options) -> dict:
     write_edits(held_out, folder / "edit_val", files=1)
     vlm = folder / "vlm"
     sets = {
-        "vlm": write_vlm("train", vlm, "vlm", options.vlm_images, QUESTIONS_PER_SAMPLE),
-        "vlm_val": write_vlm("test", vlm, "vlm_val", options.vlm_images, QUESTIONS_PER_SAMPLE),
-        "vlm_single_val": write_vlm("test", vlm, "vlm_single_val", options.vlm_images, 1),  # no earlier answer to copy
+        "vlm": write_vlm("train", vlm, "vlm", options.vlm_images, by_what_they_teach),
+        "vlm_val": write_vlm("test", vlm, "vlm_val", options.vlm_images, by_what_they_teach),
+        "vlm_single_val": write_vlm("test", vlm, "vlm_single_val", options.vlm_images, one_by_one),
     }
     texts = {caption for e in (*train, *val) for caption in captions_of(e.name).values()}
     texts |= {text for edit in edits for text in edit.instructions}

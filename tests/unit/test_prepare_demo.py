@@ -69,12 +69,39 @@ def test_variants_are_held_out_with_their_base():
     assert 0.03 < sum(emojis.is_held_out(str(code)) for code in range(4000)) / 4000 < 0.07
 
 
-def test_questions_of_a_picture_are_dealt_evenly_and_only_the_first_shows_it():
-    pairs = [(f"question {index}?", "yes") for index in range(13)]
-    dealt = questions.deal(pairs, 6, "train 1")
-    assert sorted(map(len, dealt)) == [6, 7] and sorted(sum(dealt, [])) == sorted(pairs)
-    turns = questions.conversation("train/1.png", dealt[0])["conversations"]
-    assert [turn["value"].startswith("<image>") for turn in turns[::2]] == [True] + [False] * (len(turns) // 2 - 1)
+RED_CIRCLE = [
+    ("what shape is present?", "circle"),
+    ("what color is the shape?", "red"),
+    ("what color is the circle?", "red"),
+    ("what is the red shape?", "circle"),
+    *((f"is there a {word}?", "no") for word in ("triangle", "blue shape", "rectangle", "teal shape", "green shape")),
+    ("is there a red shape?", "yes"),
+    ("is there not a circle?", "no"),
+]
+
+
+@pytest.mark.parametrize("key", [f"train {number}" for number in range(20)])
+def test_every_open_question_needs_the_picture(key):
+    dealt = questions.by_what_they_teach(RED_CIRCLE, key)
+    answered = [pair for turns in dealt for pair in turns]
+    assert len(set(answered)) == len(answered) <= len(RED_CIRCLE)
+    assert {pair for pair in answered if pair[1] not in questions.YES_NO} == set(RED_CIRCLE[:4])
+    for turns in dealt:
+        assert [answer in questions.YES_NO for _, answer in turns].count(True) == 1
+        for number, (_, answer) in enumerate(turns):
+            if answer not in questions.YES_NO:
+                assert not any(answer in said for pair in turns[:number] for said in pair)
+
+
+def test_a_picture_without_open_questions_keeps_some_of_the_others():
+    dealt = questions.by_what_they_teach(RED_CIRCLE[4:], "train 1")
+    assert len(dealt) == 1 and len(dealt[0]) == 3 and set(dealt[0]) < set(RED_CIRCLE)
+
+
+def test_alone_every_question_is_kept_and_the_first_turn_shows_the_picture():
+    assert questions.one_by_one(RED_CIRCLE, "test 1") == [[pair] for pair in RED_CIRCLE]
+    turns = questions.conversation("train/1.png", RED_CIRCLE[:3])["conversations"]
+    assert [turn["value"].startswith("<image>") for turn in turns[::2]] == [True, False, False]
     assert {turn["from"] for turn in turns[1::2]} == {"gpt"}
 
 
