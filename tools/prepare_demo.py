@@ -79,8 +79,10 @@ def fill(folder: Path, options: Options) -> dict:
     write_t2i(val, folder / "t2i_val", files=1)
     edits = tone_edits(emojis, options.all_edits) + gender_edits(emojis, options.all_edits)
     kept, held_out = [e for e in edits if not e.held_out], [e for e in edits if e.held_out]
-    write_edits(kept, folder / "edit", files=4)
-    write_edits(held_out, folder / "edit_val", files=1)
+    rows = {
+        "edit": write_edits(kept, folder / "edit", files=4, mirrored=True),
+        "edit_val": write_edits(held_out, folder / "edit_val", files=1),
+    }
     vlm = folder / "vlm"
     sets = {
         "vlm": write_vlm("train", vlm, "vlm", options.vlm_images, by_what_they_teach),
@@ -92,7 +94,7 @@ def fill(folder: Path, options: Options) -> dict:
     for samples in sets.values():
         texts |= {turn["value"].removeprefix("<image>") for sample in samples for turn in sample["conversations"]}
     size = write_tokenizer(texts, folder / "tokenizer")
-    counts = {"t2i": len(train), "t2i_val": len(val), "edit": len(kept), "edit_val": len(held_out)}
+    counts = {"t2i": len(train), "t2i_val": len(val), **rows}
     counts |= {name: len(samples) for name, samples in sets.items()}
     for name, note in (("data", "Training data of the demo."), ("data_val", "Held-out data of the demo.")):
         file, config = folder / f"{name}.yaml", data_config(counts, val=name == "data_val")

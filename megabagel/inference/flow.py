@@ -100,7 +100,7 @@ class _Branches:
     def velocities(self, latents: list[Tensor], time: float) -> list[Tensor]:
         """Of each picture, from its latent tokens at `time`."""
         tokens = torch.cat([latents[number] for number in self.canvas_of])
-        hidden = self.step.run(tokens.new_full((len(tokens),), time), tokens, None)
+        hidden = self.step.run(time, tokens, None)
         found = self.network.velocity(torch.cat(hidden.gen)).split([len(rows) for rows in hidden.gen])
         branches = [[None if place is None else found[place] for place in places] for places in self.places]
         return [main if self.guidance is None else guide(main, *others, self.guidance) for main, *others in branches]

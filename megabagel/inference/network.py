@@ -67,16 +67,17 @@ class Pass:
         self._und: Tensor | None = None  # embedded und rows: from step to step only latents change
 
     @torch.inference_mode()
-    def run(self, times: Tensor | None, latents: Tensor | None, features: Tensor | None) -> HiddenRows:
-        """times float32 [G] and latents [G, d] of all latent tokens, features [Nv, ViT hidden] of all ViT tokens; None
-        where there is none."""
+    def run(self, time: float, latents: Tensor | None, features: Tensor | None) -> HiddenRows:
+        """latents [G, d] of all latent tokens, at `time`, features [Nv, ViT hidden] of all ViT tokens; None where there
+        is none."""
         stage, chunk, plan = self.stage, self.routing.chunk, self.routing.plan
         flow = None
         if stage.embeddings.gen is not None:
             weight = stage.embeddings.gen.vae2llm.weight
             if latents is None:
-                times, latents = weight.new_empty(0, dtype=torch.float32), weight.new_empty(0, weight.shape[1])
-            flow = FlowTokens(times[chunk.latents], latents[chunk.latents].to(weight.dtype))
+                latents = weight.new_empty(0, weight.shape[1])
+            times = weight.new_full((1,), time, dtype=torch.float32)
+            flow = FlowTokens(times, latents[chunk.latents].to(weight.dtype))
         if features is not None:
             features = pad(features[chunk.vit_tokens], (0, 0, 0, 1))
         if self._und is None or features is not None:
@@ -135,21 +136,20 @@ class Network:
     def read_tokens(self, contexts: Sequence[Context], ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Each context reads its tokens, at least one. -> per context the hidden rows [tokens, hidden]."""
         step = self.prepare(contexts, [text(tokens) for tokens in ids])
-        hidden = step.run(None, None, None)
+        hidden = step.run(0.0, None, None)
         step.keep()
         return hidden.und
 
     def read_vit(self, contexts: Sequence[Context], patches: Sequence[Tensor], grids: Sequence[Grid]) -> None:
         """Each context reads a picture through the ViT: patches [rows * columns, p*p*3] in [-1, 1], and its grid."""
         step = self.prepare(contexts, [picture(VIT, grid) for grid in grids])
-        step.run(None, None, self.features(patches, grids))
+        step.run(0.0, None, self.features(patches, grids))
         step.keep()
 
     def read_latents(self, contexts: Sequence[Context], latents: Sequence[Tensor], grids: Sequence[Grid]) -> None:
         """Each context reads a picture as clean latent tokens [rows * columns, d], and its grid."""
         step = self.prepare(contexts, [picture(VAE, grid) for grid in grids])
-        tokens = torch.cat(list(latents)).to(self.device)
-        step.run(torch.zeros(len(tokens), device=self.device), tokens, None)
+        step.run(0.0, torch.cat(list(latents)).to(self.device), None)
         step.keep()
 
     @torch.inference_mode()

@@ -75,8 +75,9 @@ class GenEmbeddings(nn.Module):
 
     def forward(self, plan: PackPlan, chunk: Chunk, flow: FlowTokens) -> Tensor:
         """-> [chunk.gen_length, hidden]."""
-        spare = chunk.gen_length - flow.times.numel()
-        rows = self.vae2llm(pad(flow.noised, (0, 0, 0, spare))) + self.time_embedder(pad(flow.times, (0, spare)))
+        spare = chunk.gen_length - len(flow.noised)
+        times = flow.times if flow.times.numel() == 1 else pad(flow.times, (0, spare))
+        rows = self.vae2llm(pad(flow.noised, (0, 0, 0, spare))) + self.time_embedder(times)
         return rows + self.latent_pos_embed[pad(plan.latent_position_ids[chunk.latents], (0, spare))].to(rows.dtype)
 
 

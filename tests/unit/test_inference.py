@@ -109,14 +109,14 @@ def piece_by_piece(network: Network, contents: list[Content]) -> tuple[Tensor, T
             und += [network.read_tokens([context], [part])[0] for part in parts]
             continue
         noised = content.item.loss
-        times = flow_times(torch.tensor([content.time if noised else -torch.inf]), 1.0).expand(len(content.values))
+        time = flow_times(torch.tensor([content.time if noised else -torch.inf]), 1.0).item()
         kind = VAE if content.item.type == "vae_image" else 1
         step = network.prepare([context], [picture(kind, content.grid)])
         for _ in range(2):  # looking does not change what is looked at
             if kind == VAE:
-                hidden = step.run(times, content.values, None)
+                hidden = step.run(time, content.values, None)
             else:
-                hidden = step.run(None, None, network.features([content.values], [content.grid]))
+                hidden = step.run(0.0, None, network.features([content.values], [content.grid]))
         und.append(hidden.und[0])
         gen.append(hidden.gen[0])
         if not noised:

@@ -4,13 +4,17 @@ No network and no packages of pictures: emojis here are made up of codes alone.
 """
 
 import base64
+import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -67,6 +71,21 @@ def test_variants_are_held_out_with_their_base():
     assert all(emojis.is_held_out(emoji(f"{held_out}-{tone}").base) for tone in TONES)
     assert edits.Edit(emoji(kept), emoji(f"{held_out}-{TONES[0]}"), ("x",)).held_out
     assert 0.03 < sum(emojis.is_held_out(str(code)) for code in range(4000)) / 4000 < 0.07
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirrored_edit_is_mirrored_on_both_sides(tmp_path, monkeypatch, mirrored):
+    drawn = {"1F468": np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "1F469": np.zeros((4, 4, 3), np.uint8)}
+    drawn["1F469"][:, 0] = 255
+    monkeypatch.setattr(edits, "render_emoji", lambda svg, side: drawn[svg])
+    pair = [dataclasses.replace(emoji(code), svg=code) for code in drawn]
+    count = edits.write_edits([edits.Edit(*pair, ("turn",))], tmp_path / "edit", files=4, mirrored=mirrored)
+    rows = [row for file in (tmp_path / "edit").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert count == len(rows) == 1 + mirrored
+    shown = [[np.asarray(Image.open(io.BytesIO(png))) for png in row["image_list"]] for row in rows]
+    for step in (1, -1)[:count]:
+        wanted = [picture[:, ::step] for picture in drawn.values()]
+        assert any(all(map(np.array_equal, row, wanted)) for row in shown)
 
 
 RED_CIRCLE = [

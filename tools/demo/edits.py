@@ -6,8 +6,10 @@ There are no edits of several turns.
 
 import hashlib
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
@@ -73,22 +75,27 @@ def swap_gender(man_code: str) -> str | None:
     return None
 
 
-def write_edits(edits: list[Edit], folder: Path, files: int) -> None:
-    """Official editing parquet: `image_list`, `instruction_list`; the info JSON lies beside the folder."""
-    rendered: dict[str, bytes] = {}
+def write_edits(edits: list[Edit], folder: Path, files: int, mirrored: bool = False) -> int:
+    """Official editing parquet: `image_list`, `instruction_list`; the info JSON lies beside the folder. -> number of
+    rows. `mirrored`: every edit also with left and right exchanged: more shapes than there are emojis."""
+    rendered: dict[str, np.ndarray] = {}
     rows = []
-    for edit in tqdm(sorted(edits, key=edit_key), desc=folder.name, mininterval=1):
+    versions = product(edits, (False, True) if mirrored else (False,))
+    for edit, is_mirrored in tqdm(sorted(versions, key=version_key), desc=folder.name, mininterval=1):
+        pictures = []
         for e in (edit.source, edit.target):
             if e.code not in rendered:
-                rendered[e.code] = encode_png(render_emoji(e.svg, SIDE))
-        images = [rendered[edit.source.code], rendered[edit.target.code]]
-        rows.append({"image_list": images, "instruction_list": [list(edit.instructions)]})
+                rendered[e.code] = render_emoji(e.svg, SIDE)
+            pictures.append(rendered[e.code][:, :: -1 if is_mirrored else 1])
+        rows.append({"image_list": list(map(encode_png, pictures)), "instruction_list": [list(edit.instructions)]})
     fields = [("image_list", pa.list_(pa.binary())), ("instruction_list", pa.list_(pa.list_(pa.string())))]
     groups = write_parquet(rows, pa.schema(fields), folder, files)
     info = {f"{folder.name}/{name}": {"num_row_groups": count} for name, count in groups.items()}
     write_json(info, folder.parent / f"{folder.name}_info.json")
+    return len(rows)
 
 
-def edit_key(edit: Edit) -> str:
+def version_key(version: tuple[Edit, bool]) -> str:
     """Neighbours in a file are unrelated."""
-    return hashlib.sha256(f"{edit.source.code} {edit.target.code}".encode()).hexdigest()
+    edit, is_mirrored = version
+    return hashlib.sha256(f"{edit.source.code} {edit.target.code}{' mirrored' * is_mirrored}".encode()).hexdigest()

@@ -61,14 +61,14 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
     t2i, edit, vlm = (kind + split for kind in ("t2i", "edit", "vlm"))
     return {
         "t2i_pretrain": group(
-            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 3.4, image_transform_args=dict(vae)
+            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 2.8, image_transform_args=dict(vae)
         ),
         "unified_edit": group(
             "emoji_edits",
             {"data_dir": edit, "parquet_info_path": f"{edit}_info.json"},
             counts[edit],
             files("edit"),
-            2.4,
+            3.0,
             image_transform_args=dict(vae),
             vit_image_transform_args=dict(vit),
         ),
