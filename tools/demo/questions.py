@@ -48,7 +48,7 @@ def conversation(image: str, pairs: list[Pair]) -> dict:
 
 
 def one_by_one(pairs: list[Pair], _: str) -> list[list[Pair]]:
-    """Every question in a conversation of its own."""
+    """Every question in a conversation of its own, without an earlier answer to copy."""
     return [[pair] for pair in pairs]
 
 
