@@ -64,9 +64,10 @@ def denoise(
     guided = _Branches(network, canvases, settings.guidance)
     latents = [canvas.noise.to(network.device, torch.float32) for canvas in canvases]
     times = flow_schedule(settings).tolist()
+    embedded = network.embed(times).split(1)
     for number, (time, following) in enumerate(zip(times, times[1:], strict=False)):
         branches = guided if settings.guidance.acts_at(time) else plain
-        velocities = branches.velocities(latents, time)
+        velocities = branches.velocities(latents, embedded[number])
         on_step(number, time, latents, velocities)
         latents = [x - v * (time - following) for x, v in zip(latents, velocities, strict=True)]
     return latents
@@ -97,8 +98,8 @@ class _Branches:
         self.canvas_of.append(canvas)
         return len(self.contexts) - 1
 
-    def velocities(self, latents: list[Tensor], time: float) -> list[Tensor]:
-        """Of each picture, from its latent tokens at `time`."""
+    def velocities(self, latents: list[Tensor], time: Tensor) -> list[Tensor]:
+        """Of each picture, from its latent tokens at an embedded time [1, hidden]."""
         tokens = torch.cat([latents[number] for number in self.canvas_of])
         hidden = self.step.run(time, tokens, None)
         found = self.network.velocity(torch.cat(hidden.gen)).split([len(rows) for rows in hidden.gen])

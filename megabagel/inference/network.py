@@ -18,7 +18,6 @@ from megabagel.inference.attention import CachedRouting, CachedRows
 from megabagel.inference.context import Context
 from megabagel.inference.rows import Segment, picture, plan_rows, text
 from megabagel.models.bagel import Bagel
-from megabagel.models.flow import FlowTokens
 from megabagel.models.routing import route
 from megabagel.packing.chunk import chunk_of
 from megabagel.packing.geometry import Geometry, grid_position_ids
@@ -64,25 +63,25 @@ class Pass:
             for context, (start, length, _, _, causal) in zip(contexts, plan.problems.tolist(), strict=True)
         ]
         self.routing = CachedRouting(**vars(routing), cached=cached)
-        self._und: Tensor | None = None  # embedded und rows: from step to step only latents change
+        # from step to step only latents and their time change
+        self._und: Tensor | None = None  # embedded und rows
+        self._places: Tensor | None = None  # of gen rows
 
     @torch.inference_mode()
-    def run(self, time: float, latents: Tensor | None, features: Tensor | None) -> HiddenRows:
-        """latents [G, d] of all latent tokens, at `time`, features [Nv, ViT hidden] of all ViT tokens; None where there
-        is none."""
+    def run(self, time: Tensor | None, latents: Tensor | None, features: Tensor | None) -> HiddenRows:
+        """latents [G, d] of all latent tokens, at one `time` (see `Network.embed`), features [Nv, ViT hidden] of all
+        ViT tokens; None where there is none."""
         stage, chunk, plan = self.stage, self.routing.chunk, self.routing.plan
-        flow = None
-        if stage.embeddings.gen is not None:
-            weight = stage.embeddings.gen.vae2llm.weight
-            if latents is None:
-                latents = weight.new_empty(0, weight.shape[1])
-            times = weight.new_full((1,), time, dtype=torch.float32)
-            flow = FlowTokens(times, latents[chunk.latents].to(weight.dtype))
+        gen = None
+        if latents is not None:
+            if self._places is None:
+                self._places = stage.embeddings.gen.places(plan, chunk)
+            gen = stage.embeddings.gen.rows(latents[chunk.latents].to(stage.config.params_dtype), time, self._places)
         if features is not None:
             features = pad(features[chunk.vit_tokens], (0, 0, 0, 1))
         if self._und is None or features is not None:
             self._und = stage.embeddings.und(plan, chunk, features)
-        hidden = stage.embeddings.with_gen(self._und, plan, chunk, flow)
+        hidden = stage.embeddings.joined(chunk, self._und, gen)
         hidden = stage.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=self.routing)
         und, gen = (self._whole(rows) for rows in stage.heads.final_hidden(hidden, self.routing))
         gen_lengths = [segment.length - 2 if segment.kind == VAE else 0 for segment in self.segments]
@@ -136,20 +135,20 @@ class Network:
     def read_tokens(self, contexts: Sequence[Context], ids: Sequence[Sequence[int]]) -> list[Tensor]:
         """Each context reads its tokens, at least one. -> per context the hidden rows [tokens, hidden]."""
         step = self.prepare(contexts, [text(tokens) for tokens in ids])
-        hidden = step.run(0.0, None, None)
+        hidden = step.run(None, None, None)
         step.keep()
         return hidden.und
 
     def read_vit(self, contexts: Sequence[Context], patches: Sequence[Tensor], grids: Sequence[Grid]) -> None:
         """Each context reads a picture through the ViT: patches [rows * columns, p*p*3] in [-1, 1], and its grid."""
         step = self.prepare(contexts, [picture(VIT, grid) for grid in grids])
-        step.run(0.0, None, self.features(patches, grids))
+        step.run(None, None, self.features(patches, grids))
         step.keep()
 
     def read_latents(self, contexts: Sequence[Context], latents: Sequence[Tensor], grids: Sequence[Grid]) -> None:
         """Each context reads a picture as clean latent tokens [rows * columns, d], and its grid."""
         step = self.prepare(contexts, [picture(VAE, grid) for grid in grids])
-        step.run(0.0, torch.cat(list(latents)).to(self.device), None)
+        step.run(self.embed([0.0]), torch.cat(list(latents)).to(self.device), None)
         step.keep()
 
     @torch.inference_mode()
@@ -160,6 +159,11 @@ class Network:
         ids = [torch.tensor(grid_position_ids(*grid, side, model.interpolate_pos)) for grid in grids]
         rows = torch.cat(list(patches)).to(self.device, self.stage.config.params_dtype)
         return tower(rows, torch.cat(ids).to(self.device), [len(part) for part in ids])
+
+    @torch.inference_mode()
+    def embed(self, times: Sequence[float]) -> Tensor:
+        """Times of latents, from 0 (clean) to 1 (noise), as the gen stream sees them: [n, hidden]."""
+        return self.stage.embeddings.gen.time_embedder(torch.tensor(times, dtype=torch.float32, device=self.device))
 
     @torch.inference_mode()
     def logits(self, rows: Tensor) -> Tensor:

@@ -75,10 +75,17 @@ class GenEmbeddings(nn.Module):
 
     def forward(self, plan: PackPlan, chunk: Chunk, flow: FlowTokens) -> Tensor:
         """-> [chunk.gen_length, hidden]."""
-        spare = chunk.gen_length - len(flow.noised)
-        times = flow.times if flow.times.numel() == 1 else pad(flow.times, (0, spare))
-        rows = self.vae2llm(pad(flow.noised, (0, 0, 0, spare))) + self.time_embedder(times)
-        return rows + self.latent_pos_embed[pad(plan.latent_position_ids[chunk.latents], (0, spare))].to(rows.dtype)
+        times = self.time_embedder(pad(flow.times, (0, chunk.gen_length - len(flow.times))))
+        return self.rows(flow.noised, times, self.places(plan, chunk))
+
+    def places(self, plan: PackPlan, chunk: Chunk) -> Tensor:
+        """What its place in its picture adds to each row, padding included: [chunk.gen_length, hidden]."""
+        ids = plan.latent_position_ids[chunk.latents]
+        return self.latent_pos_embed[pad(ids, (0, chunk.gen_length - len(ids)))].to(self.vae2llm.weight.dtype)
+
+    def rows(self, noised: Tensor, times: Tensor, places: Tensor) -> Tensor:
+        """noised [n, d], embedded times [chunk.gen_length, hidden], or [1, hidden] where it is the same of all."""
+        return self.vae2llm(pad(noised, (0, 0, 0, len(places) - len(noised)))) + times + places
 
 
 class InputEmbeddings(MegatronModule):
@@ -94,16 +101,15 @@ class InputEmbeddings(MegatronModule):
     def forward(self, plan: PackPlan, chunk: Chunk, flow: FlowTokens | None, features: Tensor | None) -> Tensor:
         """flow: of the chunk, None for a model that makes no images. -> [rows of the chunk (over tensor-parallel ranks
         with sequence parallelism), 1, hidden]."""
-        return self.with_gen(self.und(plan, chunk, features), plan, chunk, flow)
+        und = self.und(plan, chunk, features)
+        return self.joined(chunk, und, None if self.gen is None else self.gen(plan, chunk, flow))
 
-    def with_gen(self, und: Tensor, plan: PackPlan, chunk: Chunk, flow: FlowTokens | None) -> Tensor:
-        """As `forward`, from und stream rows that are there already."""
+    def joined(self, chunk: Chunk, und: Tensor, gen: Tensor | None) -> Tensor:
+        """As `forward`, from the rows of the streams; gen None: nothing but padding."""
         if self.freeze_und:
             und = und.detach()
-        if self.gen is None:
+        if gen is None:
             gen = und.new_zeros(chunk.gen_length, self.hidden_size)
-        else:
-            gen = self.gen(plan, chunk, flow)
         streams = [und[:, None], gen[:, None]]
         if self.config.sequence_parallel:
             streams = [scatter_to_sequence_parallel_region(s, group=self.tp_group) for s in streams]

@@ -17,7 +17,7 @@ from megabagel.packing.plan import PackPlan
 class FlowTokens(NamedTuple):
     """Of some latent tokens, n of them."""
 
-    times: Tensor  # [n] float32; [1] where it is the same of all: it is embedded once
+    times: Tensor  # [n] float32
     noised: Tensor  # [n, d] parameter dtype, the point on the path at that time
     target: Tensor | None = None  # [n, d] float32, what the model should predict: noise - x0; None: nothing is trained
 

@@ -114,9 +114,9 @@ def piece_by_piece(network: Network, contents: list[Content]) -> tuple[Tensor, T
         step = network.prepare([context], [picture(kind, content.grid)])
         for _ in range(2):  # looking does not change what is looked at
             if kind == VAE:
-                hidden = step.run(time, content.values, None)
+                hidden = step.run(network.embed([time]), content.values, None)
             else:
-                hidden = step.run(0.0, None, network.features([content.values], [content.grid]))
+                hidden = step.run(None, None, network.features([content.values], [content.grid]))
         und.append(hidden.und[0])
         gen.append(hidden.gen[0])
         if not noised:

@@ -15,8 +15,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
     """
     rows, heads, d = q.shape
     kv_heads = keys.shape[1]
-    q = q.unflatten(1, (kv_heads, heads // kv_heads)).permute(1, 2, 0, 3)  # [kv heads, heads of a group, n, d]
+    q = q.view(rows, kv_heads, heads // kv_heads, d)
+    keys, values = (x.transpose(0, 1)[:, None] for x in (keys, values))  # [kv heads, 1, m, d]
+    if not causal or rows == 1:
+        # where all queries see all keys, the heads of a group are queries of one head
+        q = q.transpose(0, 1).reshape(kv_heads, 1, -1, d)
+        out = scaled_dot_product_attention(q, keys, values)
+        return out.reshape(kv_heads, rows, -1, d).transpose(0, 1).reshape(rows, heads, d)
     # heads of a group repeat their keys in a view: the kernel reads them, nobody copies them
-    keys, values = (x.transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
-    mask = causal_lower_right(rows, keys.shape[2]) if causal and rows > 1 else None
-    return scaled_dot_product_attention(q, keys, values, attn_mask=mask).permute(2, 0, 1, 3).reshape(rows, heads, d)
+    keys, values = (x.expand(-1, q.shape[2], -1, -1) for x in (keys, values))
+    mask = causal_lower_right(rows, keys.shape[2])
+    out = scaled_dot_product_attention(q.permute(1, 2, 0, 3), keys, values, attn_mask=mask)
+    return out.permute(2, 0, 1, 3).reshape(rows, heads, d)
