@@ -24,7 +24,7 @@ from tools.demo.latents import autoencoder_digest, store_latents
 from tools.demo.packages import ATTRIBUTION, PACKAGES, fetch_packages, package_folder
 from tools.demo.questions import by_what_they_teach, one_by_one, write_vlm
 
-FORMAT = 6  # raise it when the same options give other files
+FORMAT = 7  # raise it when the same options give other files
 T2I_COUNT = 256
 MANIFEST = "manifest.json"
 EXAMPLE = """example (under two minutes on two cores, 30 s of it downloads; a second run returns at once):

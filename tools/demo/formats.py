@@ -61,7 +61,7 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
     t2i, edit, vlm = (kind + split for kind in ("t2i", "edit", "vlm"))
     return {
         "t2i_pretrain": group(
-            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 3.8, image_transform_args=dict(vae)
+            "emojis", {"data_dir": t2i}, counts[t2i], files("t2i"), 3.6, image_transform_args=dict(vae)
         ),
         "unified_edit": group(
             "emoji_edits",
@@ -77,7 +77,7 @@ def data_config(counts: dict[str, int], val: bool) -> dict:
             {"data_dir": "vlm/images", "jsonl_path": f"vlm/{vlm}.jsonl"},
             counts[vlm],
             1,
-            0.7,
+            0.85,
             image_transform_args=dict(vit),
         ),
     }
