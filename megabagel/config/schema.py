@@ -51,7 +51,7 @@ class ModelConfig:
     freeze_vit: bool = False
     freeze_vae: Literal[True] = True  # the autoencoder is never trained here
     freeze_und: bool = False  # train only what generates pictures (gen weights, latent projections, timestep embedder)
-    init_std: float = 0.02  # of weights that start from scratch
+    init_std: float = 0.02  # of weights that start from scratch, except those of the ViT and the connector
     und_num_experts: int | None = None  # sparse experts in place of the und stream's MLP; null: one dense MLP
     gen_num_experts: int | None = None  # the same for the gen stream
     moe_router_topk: int = 2  # experts per token; their weights are normalised to sum 1

@@ -202,6 +202,13 @@ def test_scratch_draws_do_not_depend_on_the_layout(dim, monkeypatch):
     assert not torch.equal(whole, Scratch(4, 0.02).read("x.weight", (64, 16), None, 0, 0))
 
 
+@pytest.mark.parametrize("name", ["vit_model.vision_model.encoder.layers.0.mlp.fc1.weight", "connector.fc2.weight"])
+def test_scratch_keeps_the_variance_of_what_pictures_to_understand_pass_through(name):
+    drawn = Scratch(seed=3, std=0.02).read(name, (256, 64), None, 0, 0)
+    out = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) @ drawn.t()
+    assert abs(out.std().item() - 1) < 0.05
+
+
 def test_scratch_starts_twins_equal_and_the_latent_head_at_zero():
     source = Scratch(seed=3, std=0.02)
     und = source.read("language_model.model.layers.0.mlp.up_proj.weight", (8, 4), None, 0, 0)
