@@ -119,9 +119,9 @@ class SafetensorsFolder:
 class Scratch:
     """Initial values drawn by tensor name: the same model whatever the layout.
 
-    Matrices N(0, std^2), those of the ViT and the connector N(0, 1 / inputs) (LeCun et al. 1998), as wide as SigLIP's:
-    small ones would drown a picture in the position tables added to it. Biases 0, norm gains 1; gen twins equal their
-    und tensors, `llm2vae` is 0.
+    Matrices N(0, std^2), those of the ViT and the connector N(0, 1 / inputs) (LeCun et al. 1998): small ones would
+    drown a picture in the position tables added to it. Biases 0, norm gains 1; gen twins equal their und
+    tensors, `llm2vae` is 0.
     """
 
     def __init__(self, seed: int, std: float):
