@@ -1,7 +1,7 @@
 # What is shown after a run has ended well: its curves, its files, what one may want next. Sourced, not run.
 
 show_results() {
-    local curves latest checkpoint
+    local curves latest checkpoint replicas=""
     say "Done"
     curves="$(once "$PYTHON" tools/plot_losses.py "$run_dir")"
     latest="$run_dir/latest_checkpointed_iteration.txt"
@@ -19,7 +19,9 @@ show_results() {
     echo
     echo "What you may want next:"
     echo "  $PYTHON -m tensorboard.main --logdir $run_dir/tensorboard"
-    echo "  bash examples/run_finetune.sh --config $run_dir/config.yaml --training.train_steps $((steps * 2))   # train on from the newest checkpoint"
+    # The saved configuration names every other size of the layout; how many replicas there are is up to the start.
+    [[ -z "${DP:-}" ]] || replicas="DP=$DP "
+    echo "  ${replicas}bash examples/run_finetune.sh --config $run_dir/config.yaml --training.train_steps $((steps * 2))   # train on from the newest checkpoint"
     if $is_demo; then
         echo "  bash examples/run_finetune.sh --config my.yaml   # your own data and model: see README.md"
     else

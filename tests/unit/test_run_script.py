@@ -97,3 +97,15 @@ def test_steps_run_in_the_container_that_is_asked_for(tmp_path):
     assert after[after.index("--nnodes") + 1] == "3:4"
     assert after[after.index("--rdzv_endpoint") + 1] == "10.0.0.1:29734"
     assert after[-2:] == ["-m", "megabagel.train"]
+
+
+@pytest.mark.parametrize("replicas, start", [("2", "DP=2 bash"), ("", "bash")])
+def test_the_command_to_train_on_starts_as_many_replicas_as_the_run_had(tmp_path, replicas, start):
+    script = f"""set -euo pipefail; cd {ROOT}
+        say() {{ echo "$@"; }}; once() {{ echo curves; }}
+        source examples/lib/results.sh
+        is_demo=false; PYTHON=python3; steps=20; run_dir={tmp_path}; show_results"""
+    environment = {"PATH": "/usr/bin:/bin", "DP": replicas}
+    shown = subprocess.run([shutil.which("bash"), "-c", script], env=environment, check=True, capture_output=True)
+    hints = [line.strip() for line in shown.stdout.decode().splitlines() if "--training.train_steps 40" in line]
+    assert hints[0].startswith(f"{start} examples/run_finetune.sh --config {tmp_path}/config.yaml")
