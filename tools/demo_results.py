@@ -22,7 +22,7 @@ from megabagel.models.autoencoder import AutoencoderError
 from megabagel.runtime import distributed
 from tools.demo import report
 from tools.demo.answers import accuracies, ask, from_the_question_alone, read_questions
-from tools.demo.pictures import EDIT_FLOW, OTHERS, T2I_FLOW, edits, text_to_image
+from tools.demo.pictures import DRAWS, EDIT_FLOW, OTHERS, T2I_FLOW, edits, text_to_image
 
 EXAMPLE = """example (about a minute):
   python tools/demo_results.py runs/demo
@@ -55,8 +55,8 @@ def measure(bagel: Generator, data: Path, step: int, weights: str, every: int, s
             **edited.scores(),
             "seconds": changed - drawn,
             "of_tones": edited.scores("skin"),
-            "how": f"held-out emojis: nearest of target, source, its other variants and {OTHERS} others, "
-            + _flow(EDIT_FLOW),
+            "how": f"held-out emojis, {DRAWS} pictures of each edit: nearest of target, source, its other variants and "
+            f"{OTHERS} others, " + _flow(EDIT_FLOW),
         },
         "vqa": {
             "count": len(questions),

@@ -119,9 +119,9 @@ class SafetensorsFolder:
 class Scratch:
     """Initial values drawn by tensor name: the same model whatever the layout.
 
-    Matrices N(0, std^2), those of the ViT and the connector N(0, 1 / inputs) (LeCun et al. 1998): small ones would
-    drown a picture in the position tables added to it. Biases 0, norm gains 1; gen twins equal their und
-    tensors, `llm2vae` is 0.
+    Matrices N(0, std^2); those of the ViT's patch embedding and of the connector N(0, 1 / inputs) (LeCun et al. 1998),
+    for behind both stand position tables, in which a small picture would drown. Biases 0, norm gains 1; gen twins equal
+    their und tensors, `llm2vae` is 0.
     """
 
     def __init__(self, seed: int, std: float):
@@ -146,7 +146,7 @@ class Scratch:
 
     def _normal(self, name: str, shape: Shape, start: int, stop: int) -> Tensor:
         width = torch.Size(shape[1:]).numel()
-        std = width**-0.5 if name.startswith(("vit_model.", "connector.")) else self.std
+        std = width**-0.5 if name == PATCH_EMBEDDING or name.startswith("connector.") else self.std
         step = max(1, _CHUNK // width)
         out, filled = torch.empty((stop - start, *shape[1:])), 0
         for chunk in range(start // step, -(-stop // step)):

@@ -69,7 +69,8 @@ def test_the_report_says_whether_yes_and_no_beat_their_prior(tmp_path, yes_no, s
     vqa = scored | {"accuracy": accuracy, "question_only": {"overall": 0.6, "what": 0.2, "yes_no": 0.8}}
     edit = scored | {"of_tones": {"count": 3, "accuracy": 2 / 3, "chance": 0.1}}
     results = {"step": 7, "weights": "ema", "t2i": scored, "edit": edit, "vqa": vqa}
-    assert said in (summary := report.summary(results, tmp_path)) and "edits (of skin tones 66.7%)" in summary
+    summary = report.summary(results, tmp_path)
+    assert said in summary and "of 4 pictures of held-out edits (of skin tones 66.7%)" in summary
     report.write(results, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "| questions, what | 50.0% | 20.0% | 3 | so |" in (tmp_path / "results.md").read_text()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megabagel.checkpoint.errors import CheckpointError
 from megabagel.checkpoint.names import Rule, export_shard, fill_shard, rule_for
-from megabagel.checkpoint.sources import Pretrained, SafetensorsFolder, Scratch
+from megabagel.checkpoint.sources import PATCH_EMBEDDING, Pretrained, SafetensorsFolder, Scratch
 from megabagel.config.schema import ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "public-basic" / "ckpt"
@@ -202,8 +202,8 @@ def test_scratch_draws_do_not_depend_on_the_layout(dim, monkeypatch):
     assert not torch.equal(whole, Scratch(4, 0.02).read("x.weight", (64, 16), None, 0, 0))
 
 
-@pytest.mark.parametrize("name", ["vit_model.vision_model.encoder.layers.0.mlp.fc1.weight", "connector.fc2.weight"])
-def test_scratch_keeps_the_variance_of_what_pictures_to_understand_pass_through(name):
+@pytest.mark.parametrize("name", [PATCH_EMBEDDING, "connector.fc1.weight", "connector.fc2.weight"])
+def test_scratch_keeps_the_variance_of_what_is_added_to_position_tables(name):
     drawn = Scratch(seed=3, std=0.02).read(name, (256, 64), None, 0, 0)
     out = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) @ drawn.t()
     assert abs(out.std().item() - 1) < 0.05

@@ -89,7 +89,7 @@ def summary(results: dict, folder: Path) -> str:
         [
             f"T2I retrieval {t2i['accuracy']:6.1%}   of {t2i['count']} training prompts (memorisation); "
             f"chance {t2i['chance']:.1%}; {t2i['seconds']:.0f} s",
-            f"edits         {edit['accuracy']:6.1%}   of {edit['count']} held-out edits{tones}; chance "
+            f"edits         {edit['accuracy']:6.1%}   of {edit['count']} pictures of held-out edits{tones}; chance "
             f"{edit['chance']:.1%}; {edit['seconds']:.0f} s",
             f"easy-vqa      {model['overall']:6.1%}   of {vqa['count']} test questions, what {model['what']:.1%} "
             f"(from the question alone {alone['overall']:.1%}, what {alone['what']:.1%}); {yes_no} of "
