@@ -38,6 +38,7 @@ def bagel():
 def test_scores_of_planted_answers(tmp_path, monkeypatch, bagel, swapped):
     monkeypatch.setattr(pictures, "T2I_FLOW", FLOW)
     monkeypatch.setattr(pictures, "EDIT_FLOW", FLOW)
+    monkeypatch.setattr(pictures, "DRAWS", 1)  # a planted picture is that of one noise
     side = bagel.sizes.latent.max_image_size
     sources = [Image.new("RGB", (side, side), colour) for colour in ("orange", "purple")]
     made = [png(drawn.image) for drawn in bagel.pictures(PROMPTS, FLOW)]
@@ -64,3 +65,17 @@ def test_scores_of_planted_answers(tmp_path, monkeypatch, bagel, swapped):
     assert results["t2i"]["chance"] == 0.5 and results["edit"]["chance"] == 0.25
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > side
+
+
+def test_each_edit_is_drawn_from_several_noises(tmp_path, monkeypatch, bagel):
+    monkeypatch.setattr(pictures, "EDIT_FLOW", FLOW)
+    side = bagel.sizes.latent.max_image_size
+    colours = [png(Image.new("RGB", (side, side), colour)) for colour in ("orange", "purple")]
+    texts = ["make it purple", "make it orange"]
+    rows = [
+        {"image_list": pair, "instruction_list": [[t]]} for pair, t in zip((colours, colours[::-1]), texts, strict=True)
+    ]
+    write(tmp_path / "edit_val", rows)
+    made = pictures.edits(bagel, tmp_path)
+    assert made.prompts == [text for text in texts for _ in range(pictures.DRAWS)]
+    assert len({png(image) for image in made.images}) == len(made.images) == 2 * pictures.DRAWS
